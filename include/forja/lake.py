@@ -1,0 +1,149 @@
+"""The lake: one object store behind two libraries, obstore for objects and deltalake for tables.
+
+Paths are relative to the lake's root and begin with the team, so a receipt stays true when the lake moves.
+Objects are written once: ``create`` is create-if-absent on every backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forja.errors import BadInput, Damaged
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+S3_OPTIONS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ALLOW_HTTP",
+)
+"""Environment variables that an S3 lake reads; they come from an Airflow connection or a Secret."""
+
+
+class Lake:
+    """An object store.
+
+    Args:
+        url: a folder, ``file:///path`` or ``s3://bucket/prefix``.
+    """
+
+    def __init__(self, url: str) -> None:
+        from obstore.store import LocalStore, S3Store
+
+        self.options: dict[str, str] = {}
+        if url.startswith("s3://"):
+            self.options = {k: v for k in S3_OPTIONS if (v := os.environ.get(k))}
+            self.root = url.rstrip("/")
+            bucket, _, prefix = url.removeprefix("s3://").rstrip("/").partition("/")
+            config: Any = {k.lower(): v for k, v in self.options.items()}
+            self._store: Any = S3Store(bucket, prefix=prefix or None, config=config)
+        elif "://" not in url or url.startswith("file://"):
+            folder = Path(url.removeprefix("file://")).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            self.root = str(folder)
+            self._store = LocalStore(folder)
+        else:
+            raise BadInput("FORJA_LAKE", value=url, allowed="a folder, file:///path or s3://bucket/prefix")
+
+    def create(self, path: str, data: bytes | Path) -> bool:
+        """Write an object unless it is there; True if this call wrote it."""
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            self._store.put(path, data, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write an object whether it is there or not: for heartbeats alone, which one writer owns."""
+        self._store.put(path, data)
+
+    def get(self, path: str) -> bytes:
+        """Bytes of an object; Damaged when it isn't there."""
+        try:
+            return bytes(self._store.get(path).bytes())
+        except FileNotFoundError:
+            raise Damaged(f"object in the lake {self.root}", value=path, do="check FORJA_LAKE and the path") from None
+
+    def read(self, path: str, digest: str) -> bytes:
+        """Bytes of an object whose SHA-256 must be ``digest``; Damaged otherwise."""
+        data = self.get(path)
+        if sha256(data) != digest:
+            raise Damaged(f"object {path}: SHA-256 is not the one in its receipt", value=sha256(data), allowed=digest)
+        return data
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, None when it isn't there."""
+        try:
+            return int(self._store.head(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Paths below ``prefix``, sorted."""
+        yield from sorted(str(entry["path"]) for page in self._store.list(prefix) for entry in page)
+
+    def delete(self, path: str) -> None:
+        """Remove an object; no error when it is gone already."""
+        try:
+            self._store.delete(path)
+        except FileNotFoundError:
+            return
+
+    def uri(self, path: str) -> str:
+        """Address of a path for other tools."""
+        return f"{self.root}/{path}"
+
+    def table(self, path: str, version: int | None = None) -> DeltaTable:
+        """The Delta table at ``path``, at ``version``, or at its newest version when None.
+
+        Raises:
+            BadInput: no such table or version.
+        """
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        try:
+            return DeltaTable(self.uri(path), version=version, storage_options=self.options or None)
+        except TableNotFoundError:
+            raise BadInput("table in the lake", value=path, do="ingest the recipe's events first") from None
+        except (DeltaError, OSError) as error:
+            raise BadInput(f"version of table {path}", value=version, allowed=f"a version that exists ({error})") from error
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of some bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(value: object) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def split_table_ref(ref: str) -> tuple[str, int]:
+    """Path and version of ``team/recipe/raw@12``; BadInput for anything else."""
+    match = re.fullmatch(r"(.+)@(\d+)", ref)
+    if not match:
+        raise BadInput("table reference", value=ref, allowed="PATH@VERSION, for example vision/digits/raw@3")
+    return match[1], int(match[2])
+
+
+def table_digest(lake: Lake, ref: str) -> str:
+    """SHA-256 over the row content (key, label, payload digest, error) of a table version, whatever the order of rows."""
+    path, version = split_table_ref(ref)
+    table = lake.table(path, version)
+    columns = table.to_pyarrow_table(columns=["key", "label", "sha256", "error"])
+    rows = sorted(zip(*(column.to_pylist() for column in columns.columns), strict=True), key=str)
+    return sha256(canonical(rows))

@@ -1,0 +1,138 @@
+"""Profiles: where a stage runs. A site file in include/sites maps profile names to resources of one place.
+
+Only the standard library may be imported here: DAG files read profiles while Airflow parses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from forja.errors import BadInput
+from forja.settings import ROOT
+
+SITES = ROOT / "include" / "sites"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Where one stage runs, and with what."""
+
+    name: str
+    runner: Literal["local", "kubernetes"]
+    """``local``: a process on the Airflow worker's machine. ``kubernetes``: a pod."""
+    environment: Literal["control", "ml"]
+    """Environment of the process, or target of the image."""
+    cpus: float = 1.0
+    """CPU cores: the pod's request and limit; threads of a local process."""
+    memory_gib: float = 2.0
+    """Memory in GiB: the pod's request and limit."""
+    gpus: int = 0
+    """Whole GPUs."""
+    mig: str = ""
+    """MIG slice instead of whole GPUs, for example ``1g.10gb``."""
+    shm_gib: float = 0.0
+    """Size of /dev/shm in GiB; 0 leaves the container runtime's default of 64 MiB."""
+    image: str = ""
+    """Container image with a version tag or digest; needed by the kubernetes runner."""
+    namespace: str = ""
+    """Namespace of the pod; needed by the kubernetes runner."""
+    service_account: str = ""
+    """Service account of the pod; its token is never mounted."""
+    secrets: tuple[str, ...] = ()
+    """Kubernetes Secrets whose keys become environment variables of the pod."""
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Plain environment variables: addresses, never secrets."""
+    node_selector: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tolerations: tuple[str, ...] = ()
+    """Keys of node taints that the pod tolerates (operator Exists, effect NoSchedule)."""
+    priority_class: str = ""
+    pool: str = "cpu"
+    """Airflow pool, one for each class of device."""
+    slots: int = 1
+    """Slots of the pool that the stage takes."""
+    queue_timeout_s: int = 600
+    """Seconds that a pod may wait for a node."""
+    run_timeout_s: int = 3600
+    """Seconds that the stage may run."""
+    retries: int = 2
+    """Further tries after a failure that a retry can mend."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, allowed: str) -> None:
+            if not ok:
+                raise BadInput(f"profile {self.name}: field {field}", value=getattr(self, field), allowed=allowed)
+
+        check(self.runner in ("local", "kubernetes"), "runner", "local or kubernetes")
+        check(self.environment in ("control", "ml"), "environment", "control or ml")
+        check(self.cpus > 0, "cpus", "above 0")
+        check(self.memory_gib > 0, "memory_gib", "above 0")
+        check(self.gpus >= 0, "gpus", "0 or more")
+        check(not (self.gpus and self.mig), "mig", "either gpus or mig")
+        check(self.slots >= 1, "slots", "1 or more")
+        check(self.queue_timeout_s > 0, "queue_timeout_s", "above 0")
+        check(self.run_timeout_s > 0, "run_timeout_s", "above 0")
+        check(self.retries >= 0, "retries", "0 or more")
+        if self.runner == "kubernetes":
+            tag = self.image.rpartition("/")[2].partition(":")[2]
+            check(bool(tag) and tag != "latest", "image", "an image with a version tag or digest, not latest")
+            check(bool(self.namespace), "namespace", "a namespace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place: its name, pools and profiles."""
+
+    name: str
+    pools: Mapping[str, int]
+    """Slots of each Airflow pool."""
+    profiles: Mapping[str, Profile]
+
+    def profile(self, name: str) -> Profile:
+        """The profile called ``name``; BadInput when the site has none."""
+        if name not in self.profiles:
+            raise BadInput(
+                f"profile in site {self.name}", value=name, allowed=", ".join(sorted(self.profiles)),
+                do=f"add [profiles.{name}] to include/sites/{self.name}.toml",
+            )  # fmt: skip
+        return self.profiles[name]
+
+
+def load_site(name: str, folder: Path = SITES) -> Site:
+    """Read include/sites/<name>.toml strictly: an unknown key is an error.
+
+    Raises:
+        BadInput: no such file, no valid TOML, an unknown key, or a value that a profile refuses.
+    """
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise BadInput("site", value=name, allowed=known, do="set FORJA_SITE to one of these, or add the file")
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
+    _only(path, "", data, {"pools", "defaults", "profiles"})
+    defaults = data.get("defaults", {})
+    fields = {f.name for f in dataclasses.fields(Profile)} - {"name"}
+    profiles = {}
+    for key, table in data.get("profiles", {}).items():
+        merged = {**defaults, **table}
+        _only(path, f"profiles.{key}.", merged, fields)
+        lists = {k: tuple(v) for k, v in merged.items() if isinstance(v, list)}
+        profiles[key] = Profile(name=key, **{**merged, **lists})
+    pools = data.get("pools", {})
+    for profile in profiles.values():
+        if profile.pool not in pools:
+            raise BadInput(f"{path}: profiles.{profile.name}.pool", value=profile.pool, allowed=", ".join(sorted(pools)))
+    return Site(name=name, pools=pools, profiles=profiles)
+
+
+def _only(path: Path, prefix: str, table: Mapping[str, object], allowed: set[str]) -> None:
+    for key in table:
+        if key not in allowed:
+            raise BadInput(f"{path}: unknown key", value=prefix + key, allowed=", ".join(sorted(allowed)))

@@ -1,0 +1,372 @@
+"""What a recipe is made of: frozen, keyword-only dataclasses that refuse bad values.
+
+Only the standard library may be imported here: DAG files read recipes while Airflow parses them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from forja.errors import BadInput
+
+STAGES = ("ingest", "transform", "train", "register", "optimize", "gate", "release")
+VARIANTS = ("fp32", "fp16", "int8")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def check(ok: bool, owner: object, name: str, value: object, allowed: str) -> None:
+    """Raise BadInput for field ``name`` of ``owner`` unless ``ok``."""
+    if not ok:
+        raise BadInput(
+            f"recipe field {type(owner).__name__}.{name}",
+            value=value,
+            allowed=allowed,
+            do="correct the field in include/forja/recipes/",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SklearnDigits:
+    """Samples: scikit-learn's 1,797 handwritten digits, 8x8 grey levels, as PNG images; needs no download."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvSamples:
+    """Samples: the rows of a CSV file, as JSON objects."""
+
+    key: str
+    """Column that identifies a row."""
+    label: str
+    """Column that holds the label; it travels in the header, never in the payload."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the events of a recipe come from."""
+
+    topic: str
+    """Kafka topic, one record a sample: key = sample id, value = PNG or JPEG bytes, or a JSON object."""
+    payload: Literal["image", "json"]
+    """What a record's value holds."""
+    samples: SklearnDigits | CsvSamples
+    """What ``forja produce`` sends."""
+    partitions: int = 4
+    """Partitions of the topic when Forja creates it."""
+    label_header: str = "label"
+    """Record header that holds the label as UTF-8 text."""
+    max_records: int = 100_000
+    """Records that one ingest reads at most."""
+    lost_offsets: Literal["refuse", "accept"] = "refuse"
+    """What ingest does when Kafka has already deleted records that it had not read."""
+
+    def __post_init__(self) -> None:
+        check(bool(re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", self.topic)), self, "topic", self.topic, "letters, digits, . _ -")
+        check(self.payload in ("image", "json"), self, "payload", self.payload, "image or json")
+        check(1 <= self.partitions <= 1000, self, "partitions", self.partitions, "1 to 1000")
+        check(self.max_records >= 1, self, "max_records", self.max_records, "1 or more")
+        check(self.lost_offsets in ("refuse", "accept"), self, "lost_offsets", self.lost_offsets, "refuse or accept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A deterministic split by the hash of a sample's key: a sample never changes sides when data grows."""
+
+    validation: float = 0.1
+    """Share of keys that choose between variants."""
+    test: float = 0.2
+    """Share of keys that are reported once."""
+    rotate: float = 0.0
+    """Turns the circle of hashes by this share: k / 5 with test = 0.2 gives fold k of five."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.validation < 1, self, "validation", self.validation, "above 0, below 1")
+        check(0 < self.test < 1, self, "test", self.test, "above 0, below 1")
+        check(self.validation + self.test < 1, self, "test", self.test, "validation + test below 1")
+        check(0 <= self.rotate < 1, self, "rotate", self.rotate, "0 or more, below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """A dataset of labelled images."""
+
+    height: int
+    """Rows of the model's input, in pixels; images of another size are resized."""
+    width: int
+    """Columns of the model's input, in pixels."""
+    channels: Literal[1, 3]
+    """1 for grey, 3 for RGB."""
+    classes: tuple[str, ...]
+    """Labels in the order of the model's outputs."""
+    split: Split = Split()
+    shard_samples: int = 4096
+    """Samples in one training shard."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.height <= 4096, self, "height", self.height, "1 to 4096 pixels")
+        check(1 <= self.width <= 4096, self, "width", self.width, "1 to 4096 pixels")
+        check(self.channels in (1, 3), self, "channels", self.channels, "1 or 3")
+        _check_classes(self, self.classes)
+        check(self.shard_samples >= 1, self, "shard_samples", self.shard_samples, "1 or more")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one model input: (channels, height, width), float32 grey levels 0 to 255."""
+        return (self.channels, self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One declared column of a table, a number or a category."""
+
+    name: str
+    low: float | None = None
+    """Smallest number allowed, in the column's own unit."""
+    high: float | None = None
+    """Largest number allowed."""
+    values: tuple[str, ...] = ()
+    """Allowed categories; empty for a number. A category becomes one 0/1 feature for each value."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.name), self, "name", self.name, "a column name")
+        number = self.low is not None and self.high is not None
+        check(number != bool(self.values), self, "values", self.values, "either low and high, or values")
+        if self.low is not None and self.high is not None:
+            check(self.low < self.high, self, "low", self.low, f"below high ({self.high})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """One feature computed from the declared columns."""
+
+    name: str
+    sql: str
+    """Expression in Polars SQL over the declared columns, for example ``"torque" * "speed"``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A dataset of labelled rows."""
+
+    columns: tuple[Column, ...]
+    classes: tuple[str, ...]
+    """Labels in the order of the model's outputs; for two classes the second is the positive one."""
+    derived: tuple[Derived, ...] = ()
+    split: Split = Split()
+    shard_samples: int = 16_384
+    """Samples in one training shard."""
+
+    def __post_init__(self) -> None:
+        names = [c.name for c in self.columns] + [d.name for d in self.derived]
+        check(bool(self.columns), self, "columns", self.columns, "one or more")
+        check(len(set(names)) == len(names), self, "columns", names, "each name once")
+        _check_classes(self, self.classes)
+        check(self.shard_samples >= 1, self, "shard_samples", self.shard_samples, "1 or more")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in order: columns (categories as ``name=value``), then derived ones."""
+        names: list[str] = []
+        for column in self.columns:
+            names += [f"{column.name}={v}" for v in column.values] or [column.name]
+        return (*names, *(d.name for d in self.derived))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one model input: (features,), float32 in the columns' own units."""
+        return (len(self.features),)
+
+
+def _check_classes(owner: object, classes: tuple[str, ...]) -> None:
+    check(len(classes) >= 2 and len(set(classes)) == len(classes), owner, "classes", classes, "two or more, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cnn:
+    """A small residual convolutional network for images."""
+
+    width: int = 32
+    """Channels of the first block; each further block doubles them."""
+    blocks: int = 2
+    """Residual blocks; each but the first halves height and width."""
+    dropout: float = 0.1
+    """Share of features dropped before the last layer."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.width <= 2048, self, "width", self.width, "1 to 2048")
+        check(1 <= self.blocks <= 8, self, "blocks", self.blocks, "1 to 8")
+        check(0 <= self.dropout < 1, self, "dropout", self.dropout, "0 or more, below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """A multilayer perceptron for tables."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    """Units of each hidden layer."""
+    dropout: float = 0.0
+    """Share of units dropped after each hidden layer."""
+    bins: int = 0
+    """Leaves of the decision tree that sets the bins of the piecewise linear encoding; 0 for no encoding."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.hidden) and min(self.hidden) >= 1, self, "hidden", self.hidden, "one or more layers of 1 or more")
+        check(0 <= self.dropout < 1, self, "dropout", self.dropout, "0 or more, below 1")
+        check(0 <= self.bins <= 256, self, "bins", self.bins, "0 to 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained."""
+
+    epochs: int
+    batch_size: int
+    """Samples in one optimiser step, over all ranks together."""
+    learning_rate: float
+    """Peak of the one-cycle schedule of AdamW."""
+    weight_decay: float = 1e-4
+    ranks: int = 2
+    """Processes of torchrun on one machine; on GPUs, one for each GPU."""
+    seed: int = 0
+    shift: int = 0
+    """Augmentation of images: random shift of up to this many pixels."""
+    rotate: float = 0.0
+    """Augmentation of images: random rotation of up to this many degrees."""
+    balance: float = 0.0
+    """Weight of rare classes in the loss: 0 counts every sample once, 1 gives every class the same sum."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.epochs <= 10_000, self, "epochs", self.epochs, "1 to 10000")
+        check(1 <= self.ranks <= 64, self, "ranks", self.ranks, "1 to 64")
+        check(
+            self.batch_size >= self.ranks and self.batch_size % self.ranks == 0,
+            self, "batch_size", self.batch_size, f"a multiple of ranks ({self.ranks})",
+        )  # fmt: skip
+        check(0 < self.learning_rate <= 10, self, "learning_rate", self.learning_rate, "above 0, up to 10")
+        check(0 <= self.weight_decay < 1, self, "weight_decay", self.weight_decay, "0 or more, below 1")
+        check(self.shift >= 0, self, "shift", self.shift, "0 or more pixels")
+        check(0 <= self.rotate <= 180, self, "rotate", self.rotate, "0 to 180 degrees")
+        check(0 <= self.balance <= 1, self, "balance", self.balance, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimize:
+    """Which variants of the model are made, and how."""
+
+    variants: tuple[str, ...] = VARIANTS
+    calibration_samples: int = 512
+    """Training samples that calibrate int8, balanced over classes as far as the data allow."""
+    compute_capability: str = "SM86"
+    """GPU generation that TensorRT-RTX builds for ahead of time."""
+    max_batch: int = 32
+    """Largest batch of the engine's optimisation profile and of Triton's dynamic batcher."""
+
+    def __post_init__(self) -> None:
+        check(
+            bool(self.variants) and set(self.variants) <= set(VARIANTS) and self.variants[0] == "fp32",
+            self, "variants", self.variants, f"fp32 first, then any of {', '.join(VARIANTS[1:])}",
+        )  # fmt: skip
+        check(self.calibration_samples >= 1, self, "calibration_samples", self.calibration_samples, "1 or more")
+        check(1 <= self.max_batch <= 1024, self, "max_batch", self.max_batch, "1 to 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One rule over measured numbers of a variant; a missing number fails it."""
+
+    metric: str
+    """Name of the number, as in the optimize receipt."""
+    least: float | None = None
+    """Smallest value that passes."""
+    max_drop: float | None = None
+    """Largest loss against the fp32 variant that passes."""
+
+    def __post_init__(self) -> None:
+        check((self.least is None) != (self.max_drop is None), self, "least", self.least, "exactly one of least and max_drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How a release goes live."""
+
+    golden_samples: int = 16
+    """Validation samples whose answers the new release must repeat before traffic moves."""
+    tolerance: float = 1e-3
+    """Largest difference of a probability from its golden answer."""
+    untimed: Literal["fp32", "int8", "fp16"] = "fp32"
+    """Variant that goes live when no hardware has measured the variants' speed."""
+
+    def __post_init__(self) -> None:
+        check(self.golden_samples >= 1, self, "golden_samples", self.golden_samples, "1 or more")
+        check(0 < self.tolerance < 1, self, "tolerance", self.tolerance, "above 0, below 1")
+        check(self.untimed in VARIANTS, self, "untimed", self.untimed, ", ".join(VARIANTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triggers:
+    """When the pipeline runs by itself."""
+
+    schedule: str | None = None
+    """Cron expression in UTC, beside new data; None for new data only."""
+    min_new_rows: int = 1
+    """New rows since the last admitted run below which new data start nothing."""
+    cooldown_s: int = 300
+    """Seconds since the last admitted run before which new data start nothing."""
+
+    def __post_init__(self) -> None:
+        check(self.min_new_rows >= 1, self, "min_new_rows", self.min_new_rows, "1 or more")
+        check(self.cooldown_s >= 0, self, "cooldown_s", self.cooldown_s, "0 or more seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiles:
+    """Name of the profile that each stage runs in; a site file says what the name means there."""
+
+    ingest: str = "light"
+    transform: str = "etl"
+    train: str = "training"
+    register: str = "model"
+    optimize: str = "model"
+    gate: str = "light"
+    release: str = "release"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about one model's path, from events to a served release."""
+
+    name: str
+    team: str
+    """First part of every path in the lake."""
+    owner: str
+    """Who is asked when a run fails."""
+    description: str
+    """One sentence for people."""
+    source: Source
+    dataset: Images | Table
+    model: Cnn | Mlp
+    training: Training
+    metric: Literal["accuracy", "average_precision"] = "accuracy"
+    """The number that people quote for this model."""
+    optimize: Optimize = Optimize()
+    gates: tuple[Gate, ...]
+    rollout: Rollout = Rollout()
+    triggers: Triggers = Triggers()
+    profiles: Profiles = field(default_factory=Profiles)
+
+    def __post_init__(self) -> None:
+        check(bool(NAME.fullmatch(self.name)), self, "name", self.name, "a-z, then a-z, 0-9, _; 32 characters at most")
+        check(bool(NAME.fullmatch(self.team)), self, "team", self.team, "a-z, then a-z, 0-9, _; 32 characters at most")
+        check(bool(self.owner), self, "owner", self.owner, "a person or a group")
+        check(bool(self.gates), self, "gates", self.gates, "one rule or more")
+        check(self.metric in ("accuracy", "average_precision"), self, "metric", self.metric, "accuracy or average_precision")
+        images = isinstance(self.dataset, Images)
+        check(images == (self.source.payload == "image"), self, "dataset", type(self.dataset).__name__, "Images for image payloads, Table for json")
+        check(images == isinstance(self.model, Cnn), self, "model", type(self.model).__name__, "Cnn for Images, Mlp for Table")
+        if self.metric == "average_precision":
+            check(len(self.dataset.classes) == 2, self, "metric", self.metric, "average_precision needs two classes")
+        check(
+            self.rollout.untimed in self.optimize.variants,
+            self, "rollout.untimed", self.rollout.untimed, f"one of optimize.variants {self.optimize.variants}",
+        )  # fmt: skip
