@@ -1,0 +1,57 @@
+"""``python -m forja.stages VERB --recipe NAME --in NAME=REF``: what an Airflow task and a pod run.
+
+It prints the command that reproduces it first, progress while it works, and the receipt's path last. The exit status
+tells what kind of error ended it (see ``forja.errors``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from forja.errors import BadInput, ForjaError
+from forja.recipes.base import STAGES
+from forja.settings import Settings
+from forja.stages import harness
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; the exit status."""
+    parser = argparse.ArgumentParser(prog="forja stage", description="Run one stage of a recipe.")
+    parser.add_argument("verb", choices=STAGES)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="NAME=REF", help="an input; a receipt's path, or TABLE@VERSION")
+    parser.add_argument("--variant", default="")
+    parser.add_argument("--code", default="", help="refuse unless the code has this digest")
+    arguments = parser.parse_args(argv)
+    # Airflow and Kubernetes end a stage with SIGTERM: leave by an exception, so that the claim is released.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        receipt, written = harness.execute(
+            Settings.from_env(), arguments.verb, arguments.recipe, parse_refs(arguments.inputs),
+            variant=arguments.variant, code=arguments.code,
+        )  # fmt: skip
+    except ForjaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    for line in receipt.report:
+        print(f"  {line}")
+    print("written" if written else "adopted")
+    print(f"receipt {receipt.path}", flush=True)
+    return 0
+
+
+def parse_refs(items: list[str]) -> dict[str, list[str]]:
+    """``["a=x", "b=y", "b=z"]`` as ``{"a": ["x"], "b": ["y", "z"]}``."""
+    refs: dict[str, list[str]] = {}
+    for item in items:
+        name, equals, ref = item.partition("=")
+        if not (name and equals and ref):
+            raise BadInput("--in", value=item, allowed="NAME=REF")
+        refs.setdefault(name, []).append(ref)
+    return refs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

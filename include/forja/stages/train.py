@@ -1,0 +1,186 @@
+"""train: a dataset into a trained network, by PyTorch DDP under torchrun.
+
+What it does: copies the dataset's shards, starts one process for each rank (gloo on CPUs, NCCL on GPUs), sends metrics to
+MLflow while they come, and keeps checkpoints in the lake. A second try goes on from the newest checkpoint.
+
+When it fails: read the last lines of its log; a rank that dies ends the others. MLflow may be away: the history is in the
+lake and register sends what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forja import loading
+from forja.errors import ForjaError
+from forja.recipes.base import Cnn, Images, Mlp, Recipe, Table, Training
+from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
+from forja.tracking import RunLog
+from forja.training import Config, checkpoint_path, epoch_of, newest_checkpoint
+
+if TYPE_CHECKING:
+    import forja.training.rank  # torchrun starts it: the key depends on it, this process doesn't load it
+
+STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What train reads of a recipe."""
+
+    dataset: Images | Table
+    model: Cnn | Mlp
+    training: Training
+    metric: str
+
+
+def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
+    """See ``forja.stages.base``."""
+    parts = Parts(dataset=recipe.dataset, model=recipe.model, training=recipe.training, metric=recipe.metric)
+    return Plan(stage="train", recipe=recipe.name, team=recipe.team, parts=parts, inputs=inputs)
+
+
+def run(plan: Plan[Parts], work: Work) -> Outcome:
+    """Train, or go on with it.
+
+    Raises:
+        ForjaError: a rank failed; its own message is above this one.
+    """
+    dataset_receipt = work.receipt(plan.input("dataset"))
+    statistics = json.loads(work.load(dataset_receipt, "statistics.json"))
+    history = work.scratch / "history.jsonl"
+    log = RunLog(
+        uri=work.settings.mlflow, experiment=f"{plan.team}/{plan.recipe}", key=work.key, name=f"{plan.recipe}-{work.key[:8]}",
+        tags={"forja.recipe": plan.recipe, "forja.dataset": dataset_receipt.path, "forja.dataset_digest": dataset_receipt.digest},
+        params={"dataset": dataset_receipt.path, "model": repr(plan.parts.model), **_params(plan.parts.training)},
+    )  # fmt: skip
+    resumed = _restore(work, history)
+    for point in _points(history):
+        log.add(point)
+    config = _config(plan, work, dataset_receipt, statistics)
+    _torchrun(config, plan, work, history, log)
+    points = _points(history)
+    model = work.save("model.pt", work.scratch / "model.pt")
+    series = work.save("history.jsonl", history)
+    run_id, unsent = log.close()
+    _drop_checkpoints(work)
+    last = points[-1]["metrics"]
+    if f"validation_{plan.parts.metric}" not in last:
+        raise ForjaError(f"training of {plan.recipe} diverged: the network answers NaN", do="lower training.learning_rate in the recipe")
+    report = [f"{plan.parts.training.epochs} epochs, validation {plan.parts.metric} {last[f'validation_{plan.parts.metric}']:.4f}"]
+    if resumed:
+        report.append(f"went on from a checkpoint after epoch {resumed}")
+    if run_id is None or unsent:
+        report.append(f"MLflow was away: {unsent} of {len(points)} points are still to be sent; register sends them")
+    return Outcome(
+        outputs={"model.pt": model, "history.jsonl": series},
+        metrics={k: float(v) for k, v in last.items()},
+        facts={"mlflow_run": run_id, "resumed_after_epoch": resumed, "ranks": plan.parts.training.ranks},
+        report=report,
+        versions={"torch": version("torch"), "nvidia-dali-cuda120": version("nvidia-dali-cuda120")},
+    )
+
+
+def _params(training: Training) -> dict[str, str]:
+    return {name: str(value) for name, value in dataclasses.asdict(training).items()}
+
+
+def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, Any]) -> Path:
+    dataset, model = plan.parts.dataset, plan.parts.model
+    quantiles: list[list[float]] = []
+    if isinstance(model, Mlp) and model.bins:
+        import numpy as np
+
+        inputs = loading.arrays(work, receipt, dataset, "train").inputs
+        quantiles = np.quantile(inputs, np.linspace(0, 1, model.bins + 1), axis=0).T.tolist()
+    config = Config(
+        folder=work.scratch, dataset=dataset, model=model, training=plan.parts.training, metric=plan.parts.metric,
+        mean=statistics["mean"], std=statistics["std"], quantiles=quantiles,
+        class_counts=list(statistics["splits"]["train"]["classes"].values()),
+        train=loading.fetch(work, receipt, "train"), validation=loading.fetch(work, receipt, "validation"),
+    )  # fmt: skip
+    path = work.scratch / "config.pickle"
+    path.write_bytes(pickle.dumps(config))
+    return path
+
+
+def _torchrun(config: Path, plan: Plan[Parts], work: Work, history: Path, log: RunLog) -> None:
+    ranks, epochs = plan.parts.training.ranks, plan.parts.training.epochs
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "forja.training.rank", str(config)]
+    work.say(f"torchrun with {ranks} ranks")
+    process = subprocess.Popen(command, start_new_session=False)  # noqa: S603 - our own command
+    seen, checkpoint = len(_points(history)), newest_checkpoint(work.scratch)
+    try:
+        while True:
+            code = process.poll()
+            for point in _points(history)[seen:]:
+                seen += 1
+                log.add(point)
+                work.say(f"epoch {point['step']}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in sorted(point["metrics"].items())))
+            checkpoint = _keep(work, history, checkpoint)
+            if code is not None:
+                break
+            work.check()
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+    if code:
+        raise ForjaError(f"torchrun ended with status {code}", do="read the rank's own message above")
+
+
+def _points(history: Path) -> list[dict[str, Any]]:
+    """Whole lines of the history so far."""
+    if not history.exists():
+        return []
+    return [json.loads(line) for line in history.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _checkpoints(work: Work) -> list[str]:
+    return [path for path in work.lake.list(work.folder) if path.rpartition("/")[2].startswith("checkpoint-")]
+
+
+def _keep(work: Work, history: Path, seen: Path | None) -> Path | None:
+    """Copy a new checkpoint to the lake together with the history; the one that was copied last."""
+    local = newest_checkpoint(work.scratch)
+    if local is None or local == seen:
+        return seen
+    older = _checkpoints(work)
+    points = history.read_bytes()
+    work.lake.create(f"{work.folder}/{local.name}", len(points).to_bytes(8) + points + local.read_bytes())
+    for path in older:
+        work.lake.delete(path)
+    if seen is not None:
+        seen.unlink()
+    return local
+
+
+def _restore(work: Work, history: Path) -> int:
+    """Bring back the newest checkpoint and its history; number of epochs that are done."""
+    found = _checkpoints(work)
+    if not found:
+        return 0
+    data, done = work.lake.get(found[-1]), epoch_of(found[-1])
+    size = int.from_bytes(data[:8])
+    checkpoint_path(work.scratch, done).write_bytes(data[8 + size :])
+    # The history may be ahead of the checkpoint: those epochs are done again.
+    lines = data[8 : 8 + size].splitlines(keepends=True)
+    history.write_bytes(b"".join(lines[:done]))
+    work.say(f"going on after epoch {done}")
+    return done
+
+
+def _drop_checkpoints(work: Work) -> None:
+    for path in _checkpoints(work):
+        work.lake.delete(path)
