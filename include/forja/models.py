@@ -1,7 +1,6 @@
 """The networks that recipes name: a small residual CNN for images and a multilayer perceptron for tables.
 
-Both take raw inputs and hold their own normalisation, so that a client of the served model sends grey levels or
-features in their own units, and no second copy of the statistics can drift away from the weights.
+Both hold their own normalisation, so that clients of the served model send raw values.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ def build(
         classes: number of logits.
         mean: mean of the training split, for each channel or each feature.
         std: standard deviation of the training split, for each channel or each feature; zeros count as 1.
-        edges: ascending edges of bins for each feature, in its own unit, from ``bin_edges``; rows may differ in
-            length; needed when ``model.bins`` is above 0.
+        edges: what ``bin_edges`` returned; needed when ``model.bins`` is above 0.
     """
     if isinstance(model, Cnn):
         return _Resnet(model, shape[0], classes, mean, std)
@@ -48,8 +46,7 @@ def build(
 def bin_edges(features: Any, labels: Any, bins: int) -> list[list[float]]:
     """Edges of bins for a table's piecewise linear encoding, chosen by decision trees on the training split.
 
-    Gorishniy et al. 2022, section 3.2.2 grow one tree on each feature alone. One tree on all features joins them here:
-    it finds thresholds that matter only together, such as a heat failure's low speed *and* small temperature rise.
+    Gorishniy et al. 2022, section 3.2.2, plus one tree on all features for thresholds that matter only together.
 
     Args:
         features: float array [N, F] in the features' own units.
@@ -163,8 +160,7 @@ class _Resnet(nn.Module):
 class _PiecewiseLinear(nn.Module):
     """Piecewise linear encoding of features (Gorishniy et al. 2022, arXiv:2203.05556, section 3.2).
 
-    Bin t of a feature is clip((x - low_t) / (high_t - low_t), 0, 1): float32 [N, F] to [N, bins of all features]. A
-    network learns a threshold from these far sooner than from one standardised number.
+    Bin t of a feature is clip((x - low_t) / (high_t - low_t), 0, 1): float32 [N, F] to [N, bins of all features].
     """
 
     feature: Tensor

@@ -113,7 +113,7 @@ def _network(parts: Parts, data: bytes) -> Any:
     from forja import models
 
     saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    module = models.build(parts.model, parts.dataset.shape, len(parts.dataset.classes), saved["mean"], saved["std"], saved["quantiles"])
+    module = models.build(parts.model, parts.dataset.shape, len(parts.dataset.classes), saved["mean"], saved["std"], saved["edges"])
     module.load_state_dict(saved["weights"])
     return models.Served(module).eval()
 

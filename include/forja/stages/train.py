@@ -97,15 +97,15 @@ def _params(training: Training) -> dict[str, str]:
 
 def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, Any]) -> Path:
     dataset, model = plan.parts.dataset, plan.parts.model
-    quantiles: list[list[float]] = []
+    edges: list[list[float]] = []
     if isinstance(model, Mlp) and model.bins:
-        import numpy as np
+        from forja import models
 
-        inputs = loading.arrays(work, receipt, dataset, "train").inputs
-        quantiles = np.quantile(inputs, np.linspace(0, 1, model.bins + 1), axis=0).T.tolist()
+        data = loading.arrays(work, receipt, dataset, "train")
+        edges = models.bin_edges(data.inputs, data.labels, model.bins)
     config = Config(
         folder=work.scratch, dataset=dataset, model=model, training=plan.parts.training, metric=plan.parts.metric,
-        mean=statistics["mean"], std=statistics["std"], quantiles=quantiles,
+        mean=statistics["mean"], std=statistics["std"], edges=edges,
         class_counts=list(statistics["splits"]["train"]["classes"].values()),
         train=loading.fetch(work, receipt, "train"), validation=loading.fetch(work, receipt, "validation"),
     )  # fmt: skip

@@ -25,7 +25,7 @@ class Config:
     metric: str
     mean: list[float]
     std: list[float]
-    quantiles: list[list[float]]
+    edges: list[list[float]]
     class_counts: list[int]
     train: Shards
     validation: Shards
@@ -35,12 +35,12 @@ def build(config: Config) -> torch.nn.Module:
     """The untrained network."""
     from forja import models
 
-    return models.build(config.model, config.dataset.shape, len(config.dataset.classes), config.mean, config.std, config.quantiles)
+    return models.build(config.model, config.dataset.shape, len(config.dataset.classes), config.mean, config.std, config.edges)
 
 
 def saved(config: Config, module: torch.nn.Module) -> dict[str, Any]:
     """Content of model.pt: weights, and what rebuilds the network around them."""
-    return {"weights": module.state_dict(), "mean": config.mean, "std": config.std, "quantiles": config.quantiles}
+    return {"weights": module.state_dict(), "mean": config.mean, "std": config.std, "edges": config.edges}
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:

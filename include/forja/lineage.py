@@ -1,0 +1,37 @@
+"""Lineage: the receipts behind a release, found by following their inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from forja import receipts
+from forja.lake import Lake
+from forja.receipts import Receipt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """What a release was made from."""
+
+    gate: Receipt
+    optimize: list[Receipt]
+    model: Receipt
+    training: Receipt
+    dataset: Receipt
+    raw: str
+    """Version of the raw table."""
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Numbers and engine of each variant."""
+        return [{"variant": r.variant, "metrics": r.metrics, "engine": r.facts["engine"]} for r in self.optimize]
+
+
+def of_release(lake: Lake, release: Receipt) -> Lineage:
+    """Everything behind a release receipt."""
+    gate = receipts.load(lake, release.inputs["gate"][0].ref)
+    optimize = [receipts.load(lake, item.ref) for item in gate.inputs["optimize"]]
+    model = receipts.load(lake, optimize[0].inputs["model"][0].ref)
+    training = receipts.load(lake, model.inputs["training"][0].ref)
+    dataset = receipts.load(lake, training.inputs["dataset"][0].ref)
+    return Lineage(gate=gate, optimize=optimize, model=model, training=training, dataset=dataset, raw=dataset.inputs["raw"][0].ref)

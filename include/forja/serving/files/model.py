@@ -1,0 +1,34 @@
+"""Triton's python backend: one model, answered by ONNX Runtime on the CPU. Runs in the serving environment, alone.
+
+It lies beside its model.onnx in a release's version folder.
+"""
+
+import pathlib
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+
+class TritonPythonModel:
+    """The interface that the backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load model.onnx; an error here leaves the version unavailable, with the reason in the repository index."""
+        options = onnxruntime.SessionOptions()
+        # Requests come in batches from many clients: one thread a slot, so that two slots and their clients share two cores.
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        path = pathlib.Path(args["model_repository"], args["model_version"], "model.onnx")
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def execute(self, requests: list) -> list:  # type: ignore[type-arg]
+        """Answer a batch of requests, each float32 [n, *shape], by one run."""
+        inputs = [pb_utils.get_input_tensor_by_name(request, "input").as_numpy() for request in requests]
+        answers = self.session.run(["probabilities"], {"input": np.concatenate(inputs)})[0].astype(np.float32)
+        responses, start = [], 0
+        for batch in inputs:
+            rows = np.ascontiguousarray(answers[start : start + len(batch)])
+            start += len(batch)
+            responses.append(pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("probabilities", rows)]))
+        return responses

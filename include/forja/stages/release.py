@@ -1,0 +1,260 @@
+"""release: the variant that the gate chose goes live.
+
+What it does: writes the Triton repository into the model's idle slot, starts that slot, asks it for the golden samples,
+moves the router to it, asks again through the router, and sets MLflow's aliases. When this very release is live already it
+changes nothing but what differs: a slot that is down, a route that Envoy lost, an alias that is missing.
+
+When it fails: before traffic moved, the live slot and the route are as they were. A failed smoke test names the
+difference; Unavailable names the service, and a retry goes on from what it finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from typing import Any
+from urllib.parse import urlsplit
+
+from forja import tracking
+from forja.errors import Damaged, ForjaError, Refused
+from forja.lake import canonical
+from forja.recipes.base import Images, Recipe, Table
+from forja.services import supervisor
+from forja.services.folders import locked
+from forja.services.triton import SLOTS, Slot, slot
+from forja.serving import repository, triton
+from forja.serving.repository import Release
+from forja.serving.router import EnvoyRouter, Route, Router
+from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
+
+STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate",))
+LOAD_S = 60.0
+"""Seconds that a slot gets to load a release."""
+SEEN_S = 3.0
+"""Seconds until every worker thread of the router must follow a route that is in force."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What release reads of the recipe."""
+
+    dataset: Images | Table
+    max_batch: int
+    tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What is to be live: the release, its files, and the answers that it must give."""
+
+    release: Release
+    contents: Mapping[str, bytes]
+    golden: triton.Golden
+    tolerance: float
+
+    def smoke(self, address: str) -> float:
+        """Largest difference from the golden answers at host:port; errors as for ``triton.smoke``."""
+        release = self.release
+        limit, batch = self.tolerance, release.max_batch
+        return triton.smoke(address, release.model, self.golden, tolerance=limit, max_batch=batch, version=release.version)
+
+
+def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
+    """See ``forja.stages.base``."""
+    parts = Parts(dataset=recipe.dataset, max_batch=recipe.optimize.max_batch, tolerance=recipe.rollout.tolerance)
+    return Plan(stage="release", recipe=recipe.name, team=recipe.team, parts=parts, inputs=inputs)
+
+
+def run(plan: Plan[Parts], work: Work) -> Outcome:
+    """Bring the model's slots, route and aliases to what the gate chose.
+
+    Raises:
+        Refused: the gate chose nothing, Triton could not load the release, or its golden answers differ.
+        Conflict: somebody else moved the route meanwhile.
+        Unavailable: Triton, Envoy, the supervisor or MLflow doesn't answer.
+    """
+    candidate = _candidate(plan, work)
+    router = EnvoyRouter(work.settings)
+    # One release of a model at a time, on this machine: both would write into the same idle slot. The kernel drops the
+    # lock of a process that is killed.
+    with locked(work.settings, f"release-{plan.recipe}"):
+        route = router.read(plan.recipe)
+        live = _live(work, route, candidate)
+        if live is None:
+            route, live, worst = _deploy(work, router, route, candidate)
+        else:
+            router.ensure()
+            worst = _through_router(work, candidate)
+            work.say(f"version {live.version} ({live.variant}) is live already in slot {route.live}")
+        # Last, and after traffic moved: aliases only tell what the router does, and a model that mends something must
+        # not wait for a registry. When MLflow is away this raises Unavailable, and the retry finds the release live.
+        _aliases(work, live)
+    return _outcome(work, route, live, worst)
+
+
+def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
+    import numpy
+
+    gate = work.receipt(plan.input("gate"))
+    chosen = gate.facts.get("chosen")
+    if not chosen:
+        raise Refused("gate chose no variant", value=gate.facts.get("reason"), do=f"see ./forja show {gate.path}")
+    optimize = next((r for r in map(work.receipt, gate.inputs["optimize"]) if r.variant == chosen), None)
+    if optimize is None:
+        raise Damaged(f"gate receipt {gate.path}: inputs have no variant", value=chosen)
+    registered = work.receipt(optimize.inputs["model"][0])
+    dataset = plan.parts.dataset
+    release = Release(
+        model=plan.recipe,
+        version=str(registered.facts["version"]),
+        variant=chosen,
+        classes=dataset.classes,
+        shape=dataset.shape,
+        max_batch=plan.parts.max_batch,
+        preprocess=repository.preprocess(dataset),
+        receipts={"gate": gate.path, "optimize": optimize.path, "register": registered.path},
+    )
+    contents = repository.files(release, work.load(optimize, "model.onnx"))
+    with numpy.load(io.BytesIO(work.load(optimize, "golden.npz")), allow_pickle=False) as arrays:
+        golden = triton.Golden(inputs=arrays["inputs"], probabilities=arrays["probabilities"])
+    return Candidate(release=repository.sealed(release, contents), contents=contents, golden=golden, tolerance=plan.parts.tolerance)
+
+
+def _live(work: Work, route: Route, candidate: Candidate) -> Release | None:
+    """The live slot's release when it is the candidate, whole and answering as it should; its server is started if need be."""
+    if not route.weights:
+        return None
+    place = _slot(work, candidate, route.live)
+    found = _installed(place, candidate.release.model)
+    if found is None or found.identity != candidate.release.identity or not repository.intact(place, found):
+        return None
+    address = _address(place)
+    if not triton.ready(address, found.model, found.version):
+        work.say(f"slot {place.name} is live but does not answer: starting it")
+        supervisor.restart_program(work.settings, place.program)
+        triton.wait_ready(address, found.model, found.version, LOAD_S, work.check)
+    try:
+        candidate.smoke(address)
+    except Refused as error:
+        work.say(f"slot {place.name} holds this release but answers wrongly ({error}): releasing it again")
+        return None
+    return found
+
+
+def _deploy(work: Work, router: Router, route: Route, candidate: Candidate) -> tuple[Route, Release, float]:
+    """Load the candidate into the idle slot, prove it there, move traffic, prove it through the router."""
+    old = _installed(_slot(work, candidate, route.live), candidate.release.model) if route.weights else None
+    release = dataclasses.replace(candidate.release, replaces=_replaced(old, candidate.release))
+    place = _slot(work, candidate, next(s for s in SLOTS if s != route.live))
+    _load(work, place, release, candidate)
+    work.check()
+    taken = router.swap(route.version, Route(model=release.model, weights={place.name: 100}))
+    try:
+        worst = _through_router(work, candidate)
+    except ForjaError:
+        router.swap(taken.version, Route(model=release.model, weights=route.weights, mirror=route.mirror))
+        raise
+    work.say(f"all requests go to slot {place.name}")
+    return taken, release, worst
+
+
+def _load(work: Work, place: Slot, release: Release, candidate: Candidate) -> None:
+    """Put the release into an idle slot and prove it there; on any error that slot is emptied and stopped."""
+    work.say(f"version {release.version} ({release.variant}) into slot {place.name}")
+    supervisor.stop_program(work.settings, place.program)
+    try:
+        repository.install(place, release, candidate.contents)
+        supervisor.start_program(work.settings, place.program)
+        triton.wait_ready(_address(place), release.model, release.version, LOAD_S, work.check)
+        worst = candidate.smoke(_address(place))
+    except ForjaError:
+        supervisor.stop_program(work.settings, place.program)
+        repository.remove(place, release.model)
+        raise
+    work.say(f"slot {place.name} repeats {len(candidate.golden.inputs)} golden answers, differing by {worst:.1e} at most")
+
+
+def _through_router(work: Work, candidate: Candidate) -> float:
+    """The smoke test as a client: its threads may follow a new route a moment later than the one that reports it."""
+    address = urlsplit(work.settings.endpoint).netloc
+    deadline = time.monotonic() + SEEN_S
+    while True:
+        try:
+            return candidate.smoke(address)
+        except ForjaError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _replaced(old: Release | None, new: Release) -> str:
+    """Version that ``previous`` will name: another variant of the same version doesn't replace that version."""
+    if old is None:
+        return ""
+    return old.replaces if old.version == new.version else old.version
+
+
+def _aliases(work: Work, live: Release) -> None:
+    """Make MLflow's aliases say what is live."""
+    wanted = {"champion": live.version, **({"previous": live.replaces} if live.replaces else {})}
+    with tracking.reachable(work.settings.mlflow):
+        from mlflow.exceptions import MlflowException
+
+        client = tracking.client(work.settings.mlflow)
+        try:
+            aliases = {name: str(v) for name, v in client.get_registered_model(live.model).aliases.items()}
+            for name, version in wanted.items():
+                if aliases.get(name) != version:
+                    client.set_registered_model_alias(live.model, name, version)
+                    work.say(f"alias {name} is version {version}")
+            if aliases.get("challenger") == live.version:
+                client.delete_registered_model_alias(live.model, "challenger")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            do = f"it is live; register again with the inputs of {live.receipts['register']} to have it in MLflow"
+            raise Damaged(f"MLflow lacks {live.model} or one of its versions", value=wanted, do=do) from error
+
+
+def _installed(place: Slot, model: str) -> Release | None:
+    try:
+        return repository.installed(place, model)
+    except Damaged:
+        return None  # as good as empty: the candidate goes into the other slot
+
+
+def _slot(work: Work, candidate: Candidate, name: str) -> Slot:
+    return slot(work.settings, candidate.release.model, name)
+
+
+def _address(place: Slot) -> str:
+    return f"127.0.0.1:{place.http_port}"
+
+
+def _outcome(work: Work, route: Route, live: Release, worst: float) -> Outcome:
+    facts: dict[str, Any] = {
+        "model": live.model,
+        "version": live.version,
+        "variant": live.variant,
+        "slot": route.live,
+        "endpoint": f"{work.settings.endpoint}/v2/models/{live.model}",
+        "route": {"version": route.version, "weights": dict(route.weights)},
+        "previous": live.replaces or None,
+    }
+    body = canonical({**dataclasses.asdict(live), "identity": live.identity})
+    report = [
+        f"{live.model} version {live.version} ({live.variant}) is live in slot {route.live}: {facts['endpoint']}",
+        f"golden answers differ by {worst:.1e} at most",
+    ]
+    versions = {name: installed_version(name) for name in ("tritonclient", "mlflow")}
+    return Outcome(
+        outputs={"release.json": work.save("release.json", body)},
+        metrics={"smoke_difference": worst},
+        facts=facts,
+        report=report,
+        versions=versions,
+    )

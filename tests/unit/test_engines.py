@@ -1,0 +1,67 @@
+"""Engines by TensorRT-RTX on this host, and what is said when none can be built or tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.ml
+onnx = pytest.importorskip("onnx")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from forja import engines  # noqa: E402
+from forja.errors import BadInput, ForjaError, Refused  # noqa: E402
+
+
+def model(operator: str = "Relu", inputs: int = 1) -> bytes:
+    """Linear layer of four features and an operator, three outputs."""
+    names = [f"input{i}" if i else "input" for i in range(inputs)]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["input", "w"], ["h"]), helper.make_node(operator, ["h"], ["out"])],
+        "layer",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in names],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(np.ones((4, 3), "float32"), "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def test_builds_without_a_gpu_and_claims_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "DRIVER", Path("/nonexistent"))
+    engine = engines.make(model(), (4,), max_batch=8, capability="SM86")
+    assert len(engine.plan) > 1000
+    assert engine.facts["backend"] == "tensorrt-rtx"
+    assert engine.facts["compute_capability"] == "SM86"
+    assert (engine.facts["deserialised"], engine.facts["latency_ms"]) == ("not measured", None)
+
+
+CASES: dict[str, tuple[dict[str, Any], type[ForjaError], str]] = {
+    "an operator that the parser doesn't know": ({"model": model("NoSuchOperator")}, BadInput, "NoSuchOperator"),
+    "no ONNX at all": ({"model": b"not onnx"}, BadInput, "ONNX model"),
+    "two inputs": ({"model": model(inputs=2)}, BadInput, "inputs: got 2"),
+    "a GPU generation that it can't build for": ({"capability": "SM53"}, BadInput, "SM86"),
+    "another input shape than the model's": ({"shape": (5,)}, Refused, "profile"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "DRIVER", Path("/nonexistent"))
+    arguments, kind, text = CASES[name]
+    arguments = {"model": model(), "shape": (4,), "capability": "SM86", **arguments}
+    with pytest.raises(kind, match=text):
+        engines.make(arguments.pop("model"), arguments.pop("shape"), max_batch=8, **arguments)
+
+
+def test_tensorrt_needs_driver_and_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "DRIVER", tmp_path)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert engines.backend() is engines.TENSORRT_RTX
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
+    assert engines.backend() is engines.TENSORRT
+    monkeypatch.setattr(engines, "DRIVER", tmp_path / "none")
+    assert engines.backend() is engines.TENSORRT_RTX
