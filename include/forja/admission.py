@@ -68,8 +68,15 @@ class Decision:
 
 
 def decide(
-    candidate: Candidate, run: Run, triggers: Triggers, *, now: float, number: int = 1, newest: Decision | None = None, admitted: Decision | None = None
-) -> Decision:  # fmt: skip
+    candidate: Candidate,
+    run: Run,
+    triggers: Triggers,
+    *,
+    now: float,
+    number: int = 1,
+    newest: Decision | None = None,
+    admitted: Decision | None = None,
+) -> Decision:
     """Decide; pure.
 
     Args:
@@ -107,7 +114,8 @@ def _verdict(
         return "admitted", f"{fresh} new rows since {admitted.candidate.raw}", 0.0
     if waiter not in ("", run.id):
         return "skipped", f"run {waiter} waits for the end of the cool-down and will take these rows too", 0.0
-    return "waiting", f"run {admitted.run} was admitted {now - admitted.at:.0f} s ago; the recipe's cool-down is {triggers.cooldown_s} s", until
+    ago = f"run {admitted.run} was admitted {now - admitted.at:.0f} s ago"
+    return "waiting", f"{ago}; the recipe's cool-down is {triggers.cooldown_s} s", until
 
 
 def admit(lake: Lake, recipe: Recipe, run: Run, raw: str, clock: Callable[[], float]) -> Decision:

@@ -119,29 +119,42 @@ def held_out(recipe: Recipe) -> list[Item]:
 class Endpoint:
     """The live model behind the router, over HTTP (KServe v2 protocol)."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, max_batch: int) -> None:
         from tritonclient import http
 
-        self.url, self.model, self._http = url, model, http
+        self.url, self.model, self.max_batch, self._http = url, model, max_batch, http
         self._client = http.InferenceServerClient(url.removeprefix("http://"), connection_timeout=10, network_timeout=60)
 
     def ask(self, batch: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str]:
-        """Probabilities float32 [N, classes] for inputs float32 [N, *shape], and the version that answered.
+        """Probabilities float32 [N, classes] for inputs float32 [N, *shape], and the version that answered last.
 
         Raises:
             Unavailable: nothing answers, or no release is live.
+            BadInput: the server refuses the input.
         """
+        import numpy as np
+
+        answers = [self._ask(batch[i : i + self.max_batch]) for i in range(0, len(batch), self.max_batch)]
+        return np.concatenate([probabilities for probabilities, _ in answers]), answers[-1][1]
+
+    def _ask(self, batch: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str]:
         from tritonclient.utils import InferenceServerException
 
         tensor = self._http.InferInput("input", list(batch.shape), "FP32")
         tensor.set_data_from_numpy(batch)
         try:
             answer = self._client.infer(self.model, [tensor])
-        except (InferenceServerException, OSError) as error:
-            raise Unavailable(
-                f"model {self.model} at {self.url} doesn't answer", value=str(error), do=f"./forja status; no release yet? make run RECIPE={self.model}"
-            ) from error
+        except InferenceServerException as error:
+            if error.status() == "400":
+                raise BadInput(f"model {self.model} refuses the input", value=error.message(), allowed=f"float32 {list(batch.shape)}") from error
+            raise self._away(error) from error
+        except OSError as error:
+            raise self._away(error) from error
         return answer.as_numpy("probabilities"), str(answer.get_response()["model_version"])
+
+    def _away(self, error: Exception) -> Unavailable:
+        do = f"./forja status; if there is no release yet, make run RECIPE={self.model}"
+        return Unavailable(f"model {self.model} at {self.url} doesn't answer", value=str(error), do=do)
 
 
 def predict(recipe: Recipe, endpoint: Endpoint, items: list[Item]) -> list[dict[str, Any]]:
@@ -182,14 +195,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("verb", choices=["predict", "evaluate"])
     parser.add_argument("recipe")
     parser.add_argument("paths", nargs="*", type=Path)
+    parser.add_argument("--limit", type=int, default=None, help="samples at most")
     arguments = parser.parse_args(argv)
     try:
         recipe = recipes.load(arguments.recipe)
         items = [item for path in arguments.paths for item in read(recipe, path)] or held_out(recipe)
-        endpoint = Endpoint(Settings.from_env().endpoint, recipe.name)
+        items = items[: arguments.limit]
+        endpoint = Endpoint(Settings.from_env().endpoint, recipe.name, recipe.optimize.max_batch)
         answer: object
         if arguments.verb == "predict":
-            answer = predict(recipe, endpoint, items if arguments.paths else items[:1])
+            answer = predict(recipe, endpoint, items)
         else:
             answer = evaluate(recipe, endpoint, items)
     except ForjaError as error:

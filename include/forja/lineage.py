@@ -8,6 +8,7 @@ from typing import Any
 from forja import receipts
 from forja.lake import Lake
 from forja.receipts import Receipt
+from forja.recipes.base import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,9 @@ class Lineage:
     """Version of the raw table."""
 
     def variants(self) -> list[dict[str, Any]]:
-        """Numbers and engine of each variant."""
-        return [{"variant": r.variant, "metrics": r.metrics, "engine": r.facts["engine"]} for r in self.optimize]
+        """Numbers and engine of each variant, fp32 first."""
+        ordered = sorted(self.optimize, key=lambda r: VARIANTS.index(r.variant))
+        return [{"variant": r.variant, "metrics": r.metrics, "engine": r.facts["engine"]} for r in ordered]
 
 
 def of_release(lake: Lake, release: Receipt) -> Lineage:

@@ -58,6 +58,7 @@ def append(place: Path) -> Callable[[int], str]:
     def add(rows: int) -> str:
         import pyarrow as pa
         from deltalake import DeltaTable, write_deltalake
+
         from forja.lake import Lake
 
         table = Lake(str(place / "state" / "lake")).uri("vision/digits/raw")

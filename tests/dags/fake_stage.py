@@ -10,6 +10,7 @@ import sys
 import time
 
 from deltalake import DeltaTable
+
 from forja import stages
 from forja.stages import __main__
 from forja.stages.base import Outcome, Plan, Work

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from forja import receipts
 from forja.lake import Lake
 
@@ -85,7 +86,9 @@ def test_ingest_announces_a_version_once(bag: Any, raw: str, append: Callable[[i
         pytest.param("refuse", 1, id="refused is not tried again"),
     ],
 )
-def test_exit_status_that_no_retry_mends(bag: Any, place: Path, raw: str, monkeypatch: pytest.MonkeyPatch, behaviour: str, tries: int) -> None:
+def test_exit_status_that_no_retry_mends(
+    bag: Any, place: Path, raw: str, monkeypatch: pytest.MonkeyPatch, behaviour: str, tries: int
+) -> None:
     monkeypatch.setenv("FAKE_STAGE", f"transform={behaviour}")
     tasks = run(bag, "digits")
     (transform,) = tasks["transform"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from forja import recipes
 from forja.recipes.base import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = recipes.names()
-HEAVY = ("torch", "polars", "pyarrow", "deltalake", "obstore", "mlflow", "kafka", "numpy", "pandas", "kubernetes", "fastapi", "onnx", "tritonclient")
+HEAVY = {
+    "torch", "polars", "pyarrow", "deltalake", "obstore", "mlflow", "kafka", "numpy", "pandas", "kubernetes", "fastapi", "onnx",
+    "tritonclient",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,6 @@ def test_doorbell_outlives_a_broker_that_is_down(monkeypatch: pytest.MonkeyPatch
             await asyncio.wait_for(listen(), 2)
 
     asyncio.run(main())
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(tries)]
     assert len(gaps) >= 3
     assert gaps[-1] > 2 * gaps[0], "the pauses grow"

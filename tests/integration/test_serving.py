@@ -241,7 +241,7 @@ def test_large_requests_survive_a_kill(serving: Serving) -> None:
     serving.release(1)
     live = serving.router.read(MODEL).live
     tensor = {"name": "input", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.0] * 64}
-    body = json.dumps({"inputs": [tensor]}).encode() + b" " * (4 << 20)
+    body = json.dumps({"inputs": [tensor]}).encode() + b" " * (2 << 20)
     url = f"{serving.settings.endpoint}/v2/models/{MODEL}/infer"
     os.kill(serving.pid(live), signal.SIGKILL)
     with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:  # noqa: S310

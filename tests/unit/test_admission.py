@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from forja import admission, recipes
 from forja.admission import Candidate, Cause, Decision, Run, decide
 from forja.errors import BadInput
@@ -107,7 +108,9 @@ def test_a_run_that_died_after_its_admission_keeps_it(lake: Lake) -> None:
 def test_of_many_at_once_one_is_admitted(lake: Lake) -> None:
     found: list[Decision] = []
     threads = [
-        threading.Thread(target=lambda n=n: found.append(admission.admit(lake, RECIPE, Run(id=f"run-{n}", cause="new data"), "", lambda: 1000)))
+        threading.Thread(
+            target=lambda n=n: found.append(admission.admit(lake, RECIPE, Run(id=f"run-{n}", cause="new data"), "", lambda: 1000))
+        )
         for n in range(8)
     ]
     for thread in threads:

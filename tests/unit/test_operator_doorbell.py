@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from forja.doorbell import Level, Ring, connect, rings
 
 EMPTY = Level(ends={}, read={})

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from forja_airflow import guard
 from forja_airflow.process import Process
 
@@ -93,7 +94,12 @@ def test_stop_takes_the_whole_tree() -> None:
 
 
 def test_stop_lets_the_stage_release_its_claim() -> None:
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('released') or 143)); print('up'); time.sleep(600)"
+    code = """
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("released") or 143))
+        print("up")
+        time.sleep(600)
+    """
     with started(code) as process:
         lines = process.lines()
         assert next(lines) == "up"

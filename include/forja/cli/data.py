@@ -167,9 +167,9 @@ def evaluate(
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
-def ask(verb: str, recipe: str, paths: list[Path]) -> Any:
+def ask(verb: str, recipe: str, paths: list[Path], *options: str) -> Any:
     """Run ``forja.client`` in the ml environment; what it printed, or this process ends with its status."""
-    command = [*_python(Settings.from_env(), "ml"), "-m", "forja.client", verb, recipe, *map(str, paths)]
+    command = [*_python(Settings.from_env(), "ml"), "-m", "forja.client", verb, recipe, *map(str, paths), *options]
     done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)

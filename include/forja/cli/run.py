@@ -48,7 +48,7 @@ def run(
         produce(recipe, data)
         with Board() as board:
             done = chain.run(settings, loaded, board, board.say)
-        answer = ask("predict", recipe, [data] if data else [])[0]
+        answer = ask("predict", recipe, [data] if data else [], "--limit=1")[0]
     finally:
         sys.stdout = out
     seconds = time.monotonic() - began

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from forja.settings import Settings
 
 SOCKET_LENGTH = 107
 """Longest path of a unix socket on Linux, in bytes."""
+
+SAFE_PATH = re.compile(r"[\w/.+,@=~-]+")
 
 BAD_NAME, ALREADY_STARTED, NOT_RUNNING = 10, 60, 70
 """Faults of supervisor's XML-RPC interface."""
@@ -53,11 +56,12 @@ def socket(settings: Settings) -> Path:
     """Where supervisord listens.
 
     Raises:
-        BadInput: the state folder's path is too long for a unix socket, or holds a ``%``, which supervisor would expand.
+        BadInput: the state folder's path is too long for a unix socket, or holds a character that a service trips over:
+            supervisor expands ``%``, and Triton's python backend hands paths to a shell without quotes.
     """
     path = settings.state / "run" / "supervisor.sock"
-    if len(os.fsencode(path)) > SOCKET_LENGTH or "%" in str(path):
-        allowed = f"at most {SOCKET_LENGTH - len('/run/supervisor.sock')} bytes, without %"
+    if len(os.fsencode(path)) > SOCKET_LENGTH or not SAFE_PATH.fullmatch(str(path)):
+        allowed = f"at most {SOCKET_LENGTH - len('/run/supervisor.sock')} bytes of letters, digits and /._+,@=~-"
         raise BadInput("state folder", value=str(settings.state), allowed=allowed, do="set FORJA_STATE to another one")
     return path
 

@@ -70,7 +70,8 @@ def resolve(lake: Lake, stage: Stage, verb: str, refs: Refs) -> dict[str, list[I
     for name in stage.inputs:
         if not refs[name] or (len(refs[name]) > 1 and name not in stage.many):
             raise BadInput(f"input {name} of {verb}", value=list(refs[name]), allowed="one reference")
-        inputs[name] = [Input(ref=ref, digest=_digest(lake, name, ref)) for ref in refs[name]]
+        # Mapped tasks end in any order: the key must not depend on it.
+        inputs[name] = [Input(ref=ref, digest=_digest(lake, name, ref)) for ref in sorted(refs[name])]
     return inputs
 
 

@@ -14,9 +14,10 @@ import dataclasses
 import io
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from forja import tracking
@@ -30,6 +31,9 @@ from forja.serving import repository, triton
 from forja.serving.repository import Release
 from forja.serving.router import EnvoyRouter, Route, Router
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate",))
 LOAD_S = 60.0
@@ -77,6 +81,8 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
         Conflict: somebody else moved the route meanwhile.
         Unavailable: Triton, Envoy, the supervisor or MLflow doesn't answer.
     """
+    # Importing mlflow takes seconds, which pass while Triton starts.
+    registry = ThreadPoolExecutor(1).submit(tracking.client, work.settings.mlflow)
     candidate = _candidate(plan, work)
     router = EnvoyRouter(work.settings)
     # One release of a model at a time, on this machine: both would write into the same idle slot. The kernel drops the
@@ -92,7 +98,7 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
             work.say(f"version {live.version} ({live.variant}) is live already in slot {route.live}")
         # Last, and after traffic moved: aliases only tell what the router does, and a model that mends something must
         # not wait for a registry. When MLflow is away this raises Unavailable, and the retry finds the release live.
-        _aliases(work, live)
+        _aliases(work, registry.result(), live)
     return _outcome(work, route, live, worst)
 
 
@@ -198,13 +204,12 @@ def _replaced(old: Release | None, new: Release) -> str:
     return old.replaces if old.version == new.version else old.version
 
 
-def _aliases(work: Work, live: Release) -> None:
+def _aliases(work: Work, client: MlflowClient, live: Release) -> None:
     """Make MLflow's aliases say what is live."""
     wanted = {"champion": live.version, **({"previous": live.replaces} if live.replaces else {})}
     with tracking.reachable(work.settings.mlflow):
         from mlflow.exceptions import MlflowException
 
-        client = tracking.client(work.settings.mlflow)
         try:
             aliases = {name: str(v) for name, v in client.get_registered_model(live.model).aliases.items()}
             for name, version in wanted.items():

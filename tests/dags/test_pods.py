@@ -1,0 +1,128 @@
+"""The pod of a stage, built from the cluster's site file without a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from forja import recipes
+from forja.profiles import Profile, load_site
+from forja.recipes.base import STAGES
+from forja_airflow.pods import PodStageOperator, pod
+
+SITE = load_site("cluster")
+RECIPE = recipes.load("digits")
+
+
+def operator(profile: Profile, verb: str = "train") -> PodStageOperator:
+    arguments = pod(profile, site="cluster", recipe="digits", verb=verb)
+    op = PodStageOperator(task_id=verb, verb=verb, recipe="digits", **arguments)
+    op.arm([verb, "--recipe", "digits", "--in", "dataset=a/b", "--code", "0" * 64], "f" * 32)
+    return op
+
+
+def build(profile: Profile, verb: str = "train") -> Any:
+    from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import POD_NAME_MAX_LENGTH
+    from kubernetes.client import ApiClient
+
+    built = ApiClient().sanitize_for_serialization(operator(profile, verb).build_pod_request_obj(dry_run=True))
+    assert len(built["metadata"]["name"]) <= POD_NAME_MAX_LENGTH
+    return built
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_pod_is_restricted(verb: str) -> None:
+    """What the Pod Security Standard `restricted` asks, and more: https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
+    profile = SITE.profile(getattr(RECIPE.profiles, verb))
+    built = build(profile, verb)
+    spec = built["spec"]
+    (container,) = spec["containers"]  # no sidecar
+    assert spec["restartPolicy"] == "Never"
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["serviceAccountName"] == "forja-stage"
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not spec.get("hostNetwork")
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "privileged": False, "readOnlyRootFilesystem": True,
+    }  # fmt: skip
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert container["image"] == profile.image
+    assert container["command"] == ["python", "-m", "forja.stages"]
+    assert container["args"][:3] == [verb, "--recipe", "digits"]
+    assert container["envFrom"] == [{"secretRef": {"name": "forja-lake"}}]
+    assert {e["name"]: e.get("value") for e in container["env"]}["FORJA_SITE"] == "cluster"
+    assert all("valueFrom" not in e for e in container["env"])
+    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp"}  # noqa: S108
+    labels = built["metadata"]["labels"]
+    assert (labels["forja/recipe"], labels["forja/stage"], labels["forja/key"]) == ("digits", verb, "f" * 32)
+    assert spec["activeDeadlineSeconds"] == profile.queue_timeout_s + profile.run_timeout_s
+
+
+def test_training_gets_its_gpu() -> None:
+    built = build(SITE.profile("training"))
+    spec = built["spec"]
+    assert spec["containers"][0]["resources"]["limits"] == {
+        "cpu": "8000m", "memory": "32768Mi", "ephemeral-storage": "50Gi", "nvidia.com/gpu": "1",
+    }  # fmt: skip
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert spec["priorityClassName"] == "forja-training"
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8192Mi"}} in spec["volumes"]
+
+
+def test_a_slice_instead_of_a_gpu() -> None:
+    profile = dataclasses.replace(SITE.profile("training"), gpus=0, mig="1g.10gb", node_selector={"pool": "a100"})
+    spec = build(profile)["spec"]
+    limits = spec["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/mig-1g.10gb"] == "1"
+    assert "nvidia.com/gpu" not in limits
+    assert spec["nodeSelector"] == {"pool": "a100"}
+
+
+def test_operator_neither_blocks_a_slot_nor_logs_the_spec() -> None:
+    op = operator(SITE.profile("training"))
+    assert op.deferrable
+    assert not op.do_xcom_push
+    assert not op.log_pod_spec_on_failure
+    assert op.schedule_timeout_seconds == 21600
+    assert op.execution_timeout.total_seconds() == 21600 + 86400
+
+
+def ended(code: int, message: str = "") -> Any:
+    state = SimpleNamespace(terminated=SimpleNamespace(exit_code=code, message=message))
+    status = SimpleNamespace(phase="Failed", container_statuses=[SimpleNamespace(name="base", state=state)])
+    return SimpleNamespace(
+        status=status, spec=SimpleNamespace(containers=[]), metadata=SimpleNamespace(name="x", namespace="y", annotations=None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(2, AirflowFailException), (3, AirflowFailException), (5, AirflowException), (137, AirflowException), (1, AirflowException)],
+)
+def test_exit_status_says_whether_a_retry_helps(code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    op = operator(SITE.profile("training"))
+    for name in ("patch_already_checked", "process_pod_deletion", "_read_pod_container_states", "_read_pod_events"):
+        monkeypatch.setattr(op, name, lambda *a, **k: None)  # these talk to a cluster
+    monkeypatch.setattr(op, "is_istio_enabled", lambda pod: False)
+    with pytest.raises(AirflowException, match="the last line") as raised:
+        op.cleanup(ended(code), ended(code, "first\nBadInput: the last line"))
+    assert type(raised.value) is kind
+
+
+def test_the_same_dag_files_make_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    from airflow.dag_processing.dagbag import DagBag
+
+    monkeypatch.setenv("FORJA_SITE", "cluster")
+    bag = DagBag(dag_folder=str(Path(__file__).resolve().parents[2] / "dags"))
+    assert bag.import_errors == {}
+    tasks = bag.dags["digits"].task_dict
+    assert isinstance(tasks["train"], PodStageOperator)
+    assert tasks["train"].pool == "gpu"
+    assert set(tasks["gate"].upstream_task_ids) == {"optimize"}

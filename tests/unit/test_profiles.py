@@ -1,0 +1,60 @@
+"""Site files are read strictly, and settings refuse what can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forja import recipes
+from forja.errors import BadInput
+from forja.profiles import SITES, load_site
+from forja.recipes.base import STAGES
+from forja.settings import Settings
+
+GOOD = '[pools]\ncpu = 1\n[profiles.p]\nrunner = "local"\nenvironment = "ml"\n'
+
+BAD = {
+    "unknown key": (GOOD + "gpu = 1\n", r"profiles\.p\.gpu"),
+    "unknown table": (GOOD + "[profile.q]\n", "unknown key: got 'profile'"),
+    "no TOML": ("[pools\n", "no valid TOML"),
+    "pool that isn't there": (GOOD.replace("cpu = 1", "gpu = 1"), r"profiles\.p\.pool"),
+    "negative cpus": (GOOD + "cpus = -1\n", "field cpus"),
+    "GPUs and a slice": (GOOD + 'gpus = 1\nmig = "1g.10gb"\n', "field mig"),
+    "a pod without an image": (GOOD.replace('"local"', '"kubernetes"'), "field image"),
+    "a pod with the latest image": (GOOD.replace('"local"', '"kubernetes"') + 'image = "x:latest"\nnamespace = "n"\n', "field image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_site_files_are_refused(case: str, tmp_path: Path) -> None:
+    text, message = BAD[case]
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load_site("x", tmp_path)
+
+
+def test_unknown_site_names_the_known_ones() -> None:
+    with pytest.raises(BadInput, match="cluster, .*local"):
+        load_site("mars")
+
+
+@pytest.mark.parametrize("site", [p.stem for p in SITES.glob("*.toml")])
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_every_recipe_runs_at_every_site(site: str, recipe: str) -> None:
+    loaded, place = recipes.load(recipe), load_site(site)
+    for verb in STAGES:
+        assert place.profile(getattr(loaded.profiles, verb)).slots <= place.pools[place.profile(getattr(loaded.profiles, verb)).pool]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"FORJA_PORT_KAFKA": "80"}, "FORJA_PORT_KAFKA"),
+        ({"FORJA_PORT_KAFKA": "kafka"}, "FORJA_PORT_KAFKA"),
+        ({"FORJA_PORT_KAFKA": "15000"}, "a port of its own"),
+    ],
+)
+def test_bad_ports_are_refused(env: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Settings.from_env(env)
