@@ -19,10 +19,11 @@ done is adopted, not repeated. **To go back** to the version before: trigger wit
 """
 
 from airflow.sdk import DAG, TaskGroup
+
 from forja.recipes.digits import RECIPE
 from forja_airflow.dag import admit, doorbell, params, raw_asset, schedule, settings, stage
 
-with DAG(f"{RECIPE.name}_ingest", schedule=[doorbell(RECIPE)], **settings(RECIPE, doc_md=__doc__)):
+with DAG(f"{RECIPE.name}_ingest", schedule=[doorbell(RECIPE)], max_active_runs=1, **settings(RECIPE, doc_md=__doc__)):
     stage("ingest", RECIPE, outlets=[raw_asset(RECIPE)])
 
 with DAG(RECIPE.name, schedule=schedule(RECIPE), params=params(RECIPE), **settings(RECIPE, doc_md=__doc__)):

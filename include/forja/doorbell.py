@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kafka import KafkaConsumer
 
+GAP_MOST_S = 600.0
+"""Longest pause between two rings that nobody answers, for example because training holds all slots."""
+
 SETTLE_S = 2.0
 """Seconds between a ring and the next when an ingest moved the offsets in between: it read what there was when it began."""
 
@@ -40,16 +43,25 @@ class Ring:
     """When, seconds of a monotonic clock."""
     read: Mapping[int, int]
     """Level.read at that moment."""
+    unanswered: int = 0
+    """Rings before it that moved nothing."""
 
 
-def rings(level: Level, last: Ring | None, *, now: float, gap_s: float) -> bool:
-    """Whether to ring: there is lag, and the last ring is answered or ``gap_s`` seconds old."""
+def ring(level: Level, last: Ring | None, *, now: float, gap_s: float) -> Ring | None:
+    """The ring that is due, None when none is: there is lag, and the last ring is answered, or old.
+
+    Args:
+        gap_s: seconds after the first ring that nobody answered; they double with each further one.
+    """
     if not level.lag:
-        return False
+        return None
     if last is None:
-        return True
+        return Ring(at=now, read=level.read)
     answered = dict(level.read) != dict(last.read)
-    return now - last.at >= (min(SETTLE_S, gap_s) if answered else gap_s)
+    gap = min(SETTLE_S, gap_s) if answered else min(GAP_MOST_S, gap_s * 2**last.unanswered)
+    if now - last.at < gap:
+        return None
+    return Ring(at=now, read=level.read, unanswered=0 if answered else last.unanswered + 1)
 
 
 def connect(bootstrap: str, group: str) -> KafkaConsumer:

@@ -38,7 +38,7 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-class reachable:  # noqa: N801 - reads as a statement: with reachable(uri):
+class reachable:
     """Turn the client's ways to say that MLflow doesn't answer into Unavailable."""
 
     def __init__(self, uri: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from airflow.sdk import Asset, AssetWatcher, BaseOperator, Param
+
 from forja.profiles import load_site
 from forja.recipes.base import Recipe
 from forja.settings import Settings
@@ -20,8 +21,8 @@ START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 def settings(recipe: Recipe, *, doc_md: str | None) -> dict[str, Any]:
     """Arguments of both DAGs of a recipe.
 
-    ``max_active_runs`` keeps Airflow's default of 16: with one run at a time, events of a burst are left lying until another comes.
-    Work isn't done twice anyhow, and the pools say how much runs at once.
+    ``max_active_runs`` keeps Airflow's default of 16 but for ingest: with one run at a time, events of a burst are left lying
+    until another comes. The doorbell rings again, so ingest can live with that; new versions of the raw table can't.
     """
     return {
         "description": recipe.description, "doc_md": doc_md, "tags": [recipe.team, recipe.name, "forja"], "start_date": START,

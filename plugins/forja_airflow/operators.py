@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
+
 from forja import admission, envs, recipes
 from forja.profiles import load_site
 from forja_airflow import runs
@@ -109,9 +110,8 @@ class AdmitOperator(BaseOperator):
             lake, _ = runs.lake()
             # After a cool-down the newest version is pinned: it holds all that came meanwhile.
             raw = self.raw or ("" if event else newest(context.get("triggering_asset_events") or {}))
-            asked = admission.Run(
-                id=run.run_id, cause=self.CAUSES.get(str(run.run_type).rpartition(".")[2].lower(), "hand"), again=context["ti"].try_number > 1
-            )  # fmt: skip
+            cause = self.CAUSES.get(str(getattr(run.run_type, "value", run.run_type)), "hand")
+            asked = admission.Run(id=run.run_id, cause=cause, again=context["ti"].try_number > 1)
             decision = admission.admit(lake, recipe, asked, raw, time.time)
         candidate = decision.candidate
         log.info("%s: %s; %s, %d rows", decision.verdict, decision.reason, candidate.raw, candidate.rows)
@@ -136,5 +136,3 @@ def newest(events: Mapping[Any, Sequence[Any]]) -> str:
     """The highest version of the raw table among the events that started a run; empty when none names one."""
     refs = [str(event.extra["raw"]) for items in events.values() for event in items if (event.extra or {}).get("raw")]
     return max(refs, key=lambda ref: int(ref.rpartition("@")[2]), default="")
-
-

@@ -9,6 +9,7 @@ from airflow.api_fastapi.app import get_auth_manager
 from airflow.api_fastapi.auth.managers.models.resource_details import DagDetails
 from airflow.api_fastapi.core_api.security import GetUserDep, requires_authenticated
 from fastapi import Depends, FastAPI, HTTPException, Path, Response
+
 from forja import receipts
 from forja.errors import BadInput, Damaged
 from forja.lake import Lake
@@ -56,5 +57,3 @@ def show(receipt: AllowedDep) -> Response:
 def as_json(receipt: AllowedDep) -> Response:
     """The receipt itself."""
     return Response(receipt.to_json(), media_type="application/json", headers=HEADERS)
-
-

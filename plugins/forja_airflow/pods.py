@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk.exceptions import AirflowException
+from kubernetes.client import models as k8s  # type: ignore[import-untyped]
+
 from forja.profiles import Profile
 from forja_airflow import runs
 from forja_airflow.links import LINKS
-from kubernetes.client import models as k8s
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from airflow.sdk import Context
 
@@ -33,7 +34,7 @@ USER = 10001
 class PodStageOperator(KubernetesPodOperator):
     """Runs one stage as a pod, or adopts what is there without one. See StageOperator for arguments and result."""
 
-    template_fields: Collection[str] = ("inputs", "variant")
+    template_fields: Sequence[str] = ("inputs", "variant")
     operator_extra_links: Collection[Any] = LINKS
     ui_color = "#e8f0ec"
 
@@ -105,10 +106,12 @@ def pod(profile: Profile, *, site: str, recipe: str, verb: str) -> dict[str, Any
         "service_account_name": profile.service_account or None,
         "automount_service_account_token": False,
         "security_context": k8s.V1PodSecurityContext(
-            run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER, seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault")
+            run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,
+            seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
         ),
         "container_security_context": k8s.V1SecurityContext(
-            allow_privilege_escalation=False, privileged=False, read_only_root_filesystem=True, capabilities=k8s.V1Capabilities(drop=["ALL"])
+            allow_privilege_escalation=False, privileged=False, read_only_root_filesystem=True,
+            capabilities=k8s.V1Capabilities(drop=["ALL"]),
         ),
         **_volumes(profile),
         "labels": {"app.kubernetes.io/managed-by": "forja", "forja/recipe": recipe, "forja/stage": verb},
@@ -133,7 +136,8 @@ def pod(profile: Profile, *, site: str, recipe: str, verb: str) -> dict[str, Any
 
 def resources(profile: Profile) -> k8s.V1ResourceRequirements:
     """Requests equal to limits, so that the pod is of the class Guaranteed."""
-    wanted = {"cpu": f"{round(profile.cpus * 1000)}m", "memory": f"{round(profile.memory_gib * 1024)}Mi", "ephemeral-storage": f"{SCRATCH_GIB}Gi"}
+    memory = f"{round(profile.memory_gib * 1024)}Mi"
+    wanted = {"cpu": f"{round(profile.cpus * 1000)}m", "memory": memory, "ephemeral-storage": f"{SCRATCH_GIB}Gi"}
     if profile.gpus:
         wanted["nvidia.com/gpu"] = str(profile.gpus)
     if profile.mig:

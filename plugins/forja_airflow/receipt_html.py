@@ -23,8 +23,10 @@ p.when { color: var(--soft); margin: .25rem 0 0; }
 p.no { border-left: 4px solid #c0392b; padding: .5rem .75rem; background: var(--card); }
 section, pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem 1rem; overflow-x: auto; }
 pre, code, td.n { font: 13px/1.5 ui-monospace, monospace; } pre { margin: 0; padding: .75rem 1rem; }
-table { border-collapse: collapse; width: 100%; } td { padding: .3rem .75rem .3rem 0; vertical-align: top; border-top: 1px solid var(--line); }
-tr:first-child td { border-top: 0; } td:first-child { color: var(--soft); white-space: nowrap; width: 14rem; } td.n { font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; }
+td { padding: .3rem .75rem .3rem 0; vertical-align: top; border-top: 1px solid var(--line); }
+tr:first-child td { border-top: 0; } td:first-child { color: var(--soft); white-space: nowrap; width: 14rem; }
+td.n { font-variant-numeric: tabular-nums; }
 a { color: var(--accent); } li { margin: .15rem 0; } ul { margin: .25rem 0; padding-left: 1.1rem; } code { overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--soft); margin: 2rem 0 .5rem; }
 """
@@ -36,14 +38,19 @@ def page(receipt: Receipt) -> str:
     title = f"{receipt.stage} {receipt.variant}".strip()
     refused = receipt.facts.get("refused")
     inputs = [(name, _ref(item.ref, up)) for name, items in receipt.inputs.items() for item in items]
-    outputs = [(name, f"<code>{escape(o.path)}</code><br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…") for name, o in receipt.outputs.items()]
+    outputs = [
+        (name, f"<code>{escape(o.path)}</code><br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…")
+        for name, o in receipt.outputs.items()
+    ]
+    lines = "".join(f"<li>{escape(line)}</li>" for line in receipt.report)
+    facts = [(name, f"<code>{escape(_plain(value))}</code>") for name, value in sorted(receipt.facts.items())]
     parts = [
         f"<h1>{escape(title)} <small>of {escape(receipt.recipe)}</small></h1>",
         f"<p class=when>{escape(receipt.finished)}, {receipt.seconds:.1f} s, key <code>{escape(receipt.key)}</code></p>",
         f"<p class=no><strong>Refused.</strong> {escape(str(refused))}</p>" if refused else "",
-        _section("report", "Report", f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in receipt.report)}</ul>" if receipt.report else ""),
+        _section("report", "Report", f"<ul>{lines}</ul>" if lines else ""),
         _section("metrics", "Metrics", _table((name, f"{value:.6g}") for name, value in sorted(receipt.metrics.items()))),
-        _section("facts", "Facts", _table((name, f"<code>{escape(_plain(value))}</code>") for name, value in sorted(receipt.facts.items()))),
+        _section("facts", "Facts", _table(facts)),
         _section("inputs", "Inputs", _table(inputs)),
         _section("outputs", "Outputs", _table(outputs)),
         _section("versions", "Versions", _table((name, escape(value)) for name, value in sorted(receipt.versions.items()))),
@@ -51,8 +58,8 @@ def page(receipt: Receipt) -> str:
         f"<details><summary>JSON</summary><p><a href='{up}../json/{quote(receipt.path)}'>the file</a></p>"
         f"<pre>{escape(receipt.to_json().decode())}</pre></details>",
     ]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{escape(title)} of {escape(receipt.recipe)}</title>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{escape(title)} of {escape(receipt.recipe)}"
+    return f"<!doctype html><html lang=en><head>{head}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
 
 
 def _section(anchor: str, title: str, body: str) -> str:

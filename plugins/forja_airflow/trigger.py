@@ -12,6 +12,7 @@ from typing import Any
 
 from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
+
 from forja import doorbell
 from forja.settings import Settings
 
@@ -26,11 +27,11 @@ class Doorbell(BaseEventTrigger):
         topic: Kafka topic.
         group: consumer group of the ingest stage.
         every_s: seconds between two looks.
-        gap_s: seconds between two rings while nobody answers.
+        gap_s: seconds after a ring that nobody answered; they double with each further one, up to ten minutes.
     """
 
     def __init__(self, topic: str, group: str, every_s: float = 1.0, gap_s: float = 20.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.topic, self.group, self.every_s, self.gap_s = topic, group, every_s, gap_s
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -58,14 +59,15 @@ class Doorbell(BaseEventTrigger):
                     except Exception as error:
                         # Whatever the client raises, the way on is a new client.
                         self.log.warning("Kafka at %s doesn't answer; next look in %.0f s: %s", bootstrap, calm, error)
-                        client = await self._close(thread, client)
+                        await self._close(thread, client)
+                        client = None
                         await asyncio.sleep(calm)
                         calm = min(calm * 2, CALM_S)
                         continue
                     calm, now = self.every_s, time.monotonic()
-                    if doorbell.rings(level, last, now=now, gap_s=self.gap_s):
-                        last = doorbell.Ring(at=now, read=level.read)
-                        yield TriggerEvent({"topic": self.topic, "lag": level.lag})
+                    if due := doorbell.ring(level, last, now=now, gap_s=self.gap_s):
+                        last = due
+                        yield TriggerEvent({"topic": self.topic, "lag": level.lag})  # type: ignore[no-untyped-call]
                     await asyncio.sleep(self.every_s)
             finally:
                 await self._close(thread, client)

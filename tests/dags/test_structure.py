@@ -81,7 +81,6 @@ def test_settings(bag: Any, name: str) -> None:
         assert "When a run fails" in dag.doc_md
         assert dag.is_paused_upon_creation is False
         assert dag.catchup is False
-        assert dag.max_active_runs > 1, "one run at a time strands asset events"
         assert recipe.team in dag.tags
         for task in dag.tasks:
             assert task.owner == recipe.owner
@@ -89,6 +88,8 @@ def test_settings(bag: Any, name: str) -> None:
             assert "hen it fails" in task.doc_md
             assert task.retries > 0
             assert task.execution_timeout is not None
+    assert bag.dags[name].max_active_runs > 1, "one run at a time strands asset events"
+    assert bag.dags[f"{name}_ingest"].max_active_runs == 1, "the doorbell rings again; queued runs would only pile up"
     assert list(bag.dags[name].params) == ["raw"]
 
 

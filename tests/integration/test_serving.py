@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from integration.conftest import Stack, new_stack
 
@@ -201,19 +202,25 @@ def test_repairs_only_what_differs(serving: Serving) -> None:
     assert serving.router.read(MODEL) == route
 
 
-def test_killed_triton_is_not_noticed(serving: Serving) -> None:
+@pytest.mark.parametrize("victim", ["server", "python backend"])
+def test_killed_triton_is_not_noticed(victim: str, serving: Serving) -> None:
     serving.release(1)
     live = serving.router.read(MODEL).live
     with Client(serving=serving) as client:
         time.sleep(1)
         for _ in range(2):
             pid = serving.pid(live)
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid if victim == "server" else stub(pid), signal.SIGKILL)
             serving.stack.wait("another Triton", lambda pid=pid: serving.pid(live) not in (0, pid) and serving.answers(1))
             time.sleep(1)
     assert client.failed == []
     assert len(client.seconds) > 60
     print(f"slowest answer {max(client.seconds):.1f} s of {len(client.seconds)}")
+
+
+def stub(server: int) -> int:
+    """Process id of the python backend that a Triton server has started."""
+    return next(p.pid for p in psutil.Process(server).children() if "triton_python_backend_stub" in " ".join(p.cmdline()))
 
 
 def test_without_retries_the_kill_is_noticed(serving: Serving) -> None:

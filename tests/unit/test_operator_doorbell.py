@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forja.doorbell import Level, Ring, connect, rings
+from forja.doorbell import Level, Ring, connect, ring
 
 EMPTY = Level(ends={}, read={})
 READ = Level(ends={0: 5, 1: 7}, read={0: 5, 1: 7})
@@ -34,12 +34,25 @@ def test_lag(level: Level, lag: int) -> None:
         pytest.param(LAG, None, 0, True, id="first ring"),
         pytest.param(LAG, Ring(at=0, read=LAG.read), 19, False, id="not answered, too soon"),
         pytest.param(LAG, Ring(at=0, read=LAG.read), 20, True, id="not answered: again"),
+        pytest.param(LAG, Ring(at=0, read=LAG.read, unanswered=2), 79, False, id="not answered three times, too soon"),
+        pytest.param(LAG, Ring(at=0, read=LAG.read, unanswered=9), 600, True, id="not answered ten times: every ten minutes"),
         pytest.param(ANSWERED, Ring(at=0, read=LAG.read), 1, False, id="answered, more came, too soon"),
         pytest.param(ANSWERED, Ring(at=0, read=LAG.read), 2, True, id="answered, more came"),
     ],
 )
 def test_rings(level: Level, last: Ring | None, now: float, expected: bool) -> None:
-    assert rings(level, last, now=now, gap_s=20) is expected
+    assert (ring(level, last, now=now, gap_s=20) is not None) is expected
+
+
+def test_pauses_grow_until_somebody_answers() -> None:
+    first = ring(LAG, None, now=0, gap_s=20)
+    assert first is not None
+    second = ring(LAG, first, now=20, gap_s=20)
+    assert second is not None
+    assert second.unanswered == 1
+    third = ring(ANSWERED, second, now=22, gap_s=20)
+    assert third is not None
+    assert third.unanswered == 0
 
 
 def test_no_broker_is_an_error_in_time() -> None:

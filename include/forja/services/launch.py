@@ -21,19 +21,22 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 
 
+def program_of(pid: int, state: str) -> str:
+    """Name of the program that a process descends from; empty when it is none of this state folder's, or gone."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    if f"FORJA_STATE={state}".encode() not in variables:
+        return ""
+    return next((v[14:].decode() for v in variables if v.startswith(b"FORJA_PROGRAM=")), "")
+
+
 def family(state: str, program: str = "") -> dict[int, str]:
     """Processes of this user that descend from a program: process id to program's name, this process left out."""
-    wanted = f"FORJA_STATE={state}".encode()
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            name = next((v[14:].decode() for v in variables if v.startswith(b"FORJA_PROGRAM=")), "")
-            if name and wanted in variables and program in ("", name):
-                found[int(folder.name)] = name
-    return found
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    found = {pid: program_of(pid, state) for pid in pids if pid != os.getpid()}
+    return {pid: name for pid, name in found.items() if name and program in ("", name)}
 
 
 def end(state: str, program: str = "", seconds: float = 5.0) -> list[int]:

@@ -132,7 +132,7 @@ def wait_ready(settings: Settings, program: Program, seconds: float = READY_SECO
         process = supervisor.processes(settings).get(program.name)
         if process is None:
             break
-        if process.state in ("starting", "running") and _ready(program, process):
+        if process.state in ("starting", "running") and _ready(settings, program, process):
             return
         now = time.monotonic()
         failing = (failing or now) if process.state in ("backoff", "fatal", "exited") else failing
@@ -143,7 +143,10 @@ def wait_ready(settings: Settings, program: Program, seconds: float = READY_SECO
     raise Unavailable(f"program {program.name} was not waited for, since another one failed")
 
 
-def _ready(program: Program, process: Process) -> bool:
+def _ready(settings: Settings, program: Program, process: Process) -> bool:
+    # Until a restarted program has become itself, a child of its predecessor may still answer in its place.
+    if launch.program_of(process.pid, str(settings.state)) != program.name:
+        return False
     try:
         return program.ready(process.started)
     except (OSError, ValueError):
@@ -162,11 +165,11 @@ def status(settings: Settings) -> list[ProgramStatus]:
     known = supervisor.processes(settings)
     memory = _memory(settings) if known else {}
     with ThreadPoolExecutor(max_workers=16) as pool:
-        found = list(pool.map(lambda p: _status(p, known.get(p.name), memory.get(p.name, 0)), programs(settings)))
+        found = list(pool.map(lambda p: _status(settings, p, known.get(p.name), memory.get(p.name, 0)), programs(settings)))
     return [*found, _supervisor_status(settings, memory)]
 
 
-def _status(program: Program, process: Process | None, pss: int) -> ProgramStatus:
+def _status(settings: Settings, program: Program, process: Process | None, pss: int) -> ProgramStatus:
     running = process is not None and process.state in ("starting", "running")
     return ProgramStatus(
         name=program.name,
@@ -175,7 +178,7 @@ def _status(program: Program, process: Process | None, pss: int) -> ProgramStatu
         pid=process.pid if process else 0,
         port=program.ports[0].number if program.ports else 0,
         uptime_s=round(time.time() - process.started, 1) if process and running else 0.0,
-        ready=running and process is not None and _ready(program, process),
+        ready=running and process is not None and _ready(settings, program, process),
         pss_bytes=pss,
     )
 

@@ -1,8 +1,8 @@
 """Model repositories: one release as Triton reads it, put into a slot as a whole or not at all.
 
-    <slot>/releases/<identity>/          everything of one release: config.pbtxt, labels.txt, release.json
-    <slot>/releases/<identity>/<version>/    model.py and model.onnx
-    <slot>/repository/<model>            a link to it, which Triton follows
+<slot>/releases/<identity>/          everything of one release: config.pbtxt, labels.txt, release.json
+<slot>/releases/<identity>/<version>/    model.py and model.onnx
+<slot>/repository/<model>            a link to it, which Triton follows
 """
 
 from __future__ import annotations

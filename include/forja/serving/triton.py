@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -79,21 +80,21 @@ def infer(address: str, model: str, inputs: NDArray[np.float32], version: str = 
         Unavailable: no answer, or the server is out of order.
     """
     import numpy
-    from tritonclient import http
+    from tritonclient import http as tritonhttp
     from tritonclient.utils import InferenceServerException
 
-    client = http.InferenceServerClient(address, connection_timeout=2.0, network_timeout=ANSWER_S)
+    client = tritonhttp.InferenceServerClient(address, connection_timeout=2.0, network_timeout=ANSWER_S)
     try:
-        tensor = http.InferInput(INPUT, list(inputs.shape), "FP32")
+        tensor = tritonhttp.InferInput(INPUT, list(inputs.shape), "FP32")
         tensor.set_data_from_numpy(numpy.ascontiguousarray(inputs, dtype=numpy.float32))
-        answer = client.infer(model, [tensor], model_version=version, outputs=[http.InferRequestedOutput(OUTPUT)])
+        answer = client.infer(model, [tensor], model_version=version, outputs=[tritonhttp.InferRequestedOutput(OUTPUT)])
         found: NDArray[np.float32] = answer.as_numpy(OUTPUT)
         return found
     except InferenceServerException as error:
         if str(error.status()) in ("400", "404"):
             raise BadInput(f"request to {model} at {address}", value=error.message()) from error
         raise Unavailable(f"{model} at {address}", value=error.message(), do="./forja status") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unavailable(f"{model} at {address} doesn't answer", value=str(error) or type(error).__name__, do="./forja status") from error
     finally:
         client.close()

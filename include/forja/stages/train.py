@@ -30,7 +30,7 @@ from forja.tracking import RunLog
 from forja.training import Config, checkpoint_path, epoch_of, newest_checkpoint
 
 if TYPE_CHECKING:
-    import forja.training.rank  # torchrun starts it: the key depends on it, this process doesn't load it
+    pass  # torchrun starts it: the key depends on it, this process doesn't load it
 
 STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset",))
 
@@ -121,7 +121,7 @@ def _torchrun(config: Path, plan: Plan[Parts], work: Work, history: Path, log: R
     # Threads beyond the cores make OpenMP's waiting loops take turns: 20 times slower on two cores was seen.
     threads = max(1, (os.cpu_count() or 1) // ranks)
     work.say(f"torchrun with {ranks} ranks of {threads} threads")
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # noqa: S603 - our own command
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     seen, checkpoint = len(_points(history)), newest_checkpoint(work.scratch)
     try:
         while True:
