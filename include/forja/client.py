@@ -146,7 +146,9 @@ class Endpoint:
             answer = self._client.infer(self.model, [tensor])
         except InferenceServerException as error:
             if error.status() == "400":
-                raise BadInput(f"model {self.model} refuses the input", value=error.message(), allowed=f"float32 {list(batch.shape)}") from error
+                raise BadInput(
+                    f"model {self.model} refuses the input", value=error.message(), allowed=f"float32 {list(batch.shape)}"
+                ) from error
             raise self._away(error) from error
         except OSError as error:
             raise self._away(error) from error
@@ -203,10 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         items = items[: arguments.limit]
         endpoint = Endpoint(Settings.from_env().endpoint, recipe.name, recipe.optimize.max_batch)
         answer: object
-        if arguments.verb == "predict":
-            answer = predict(recipe, endpoint, items)
-        else:
-            answer = evaluate(recipe, endpoint, items)
+        answer = predict(recipe, endpoint, items) if arguments.verb == "predict" else evaluate(recipe, endpoint, items)
     except ForjaError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,11 +89,9 @@ def ensure_topic(bootstrap: str, source: Source) -> Topic:
     if topic is None:
         from kafka.errors import TopicAlreadyExistsError
 
-        with admin(bootstrap) as client:
-            try:
-                client.create_topics({source.topic: {"num_partitions": source.partitions, "replication_factor": 1}}, wait_for_metadata=True)
-            except TopicAlreadyExistsError:
-                pass  # somebody else was faster
+        with admin(bootstrap) as client, contextlib.suppress(TopicAlreadyExistsError):  # somebody else was faster
+            wanted = {"num_partitions": source.partitions, "replication_factor": 1}
+            client.create_topics({source.topic: wanted}, wait_for_metadata=True)
         topic = describe(bootstrap, source.topic)
     if topic is None:
         raise Unavailable(f"topic {source.topic} was created but isn't there yet", do="try again")
@@ -117,8 +116,7 @@ def read(bootstrap: str, topic: Topic) -> Iterator[list[Any]]:
         ends = client.end_offsets(partitions)
         client.seek_to_beginning(*partitions)
         while any(client.position(p) < ends[p] for p in partitions):
-            for records in client.poll(timeout_ms=500).values():
-                yield records
+            yield from client.poll(timeout_ms=500).values()
 
 
 def produce(bootstrap: str, source: Source, samples: Iterable[Sample]) -> tuple[int, int]:
@@ -133,7 +131,9 @@ def produce(bootstrap: str, source: Source, samples: Iterable[Sample]) -> tuple[
     known = keys_in(bootstrap, topic)
     sent = skipped = 0
     with reachable(bootstrap):
-        producer = KafkaProducer(bootstrap_servers=bootstrap, acks="all", enable_idempotence=True, linger_ms=20, bootstrap_timeout_ms=10_000)
+        producer = KafkaProducer(
+            bootstrap_servers=bootstrap, acks="all", enable_idempotence=True, linger_ms=20, bootstrap_timeout_ms=10_000
+        )
         try:
             futures = []
             for sample in samples:

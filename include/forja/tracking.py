@@ -57,14 +57,18 @@ class reachable:
         if isinstance(error, MlflowException):
             away = getattr(error, "error_code", "") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
         if away:
-            raise Unavailable("MLflow doesn't answer", value=self.uri, do="./forja status, then ./forja up; the run goes on from here") from error
+            raise Unavailable(
+                "MLflow doesn't answer", value=self.uri, do="./forja status, then ./forja up; the run goes on from here"
+            ) from error
 
 
 def run_for(mlflow: MlflowClient, experiment: str, key: str, name: str, tags: Mapping[str, str]) -> str:
     """Id of the run of some work, made when there is none: a retry goes on in the run of the first try."""
     found = mlflow.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else _create_experiment(mlflow, experiment)
-    runs = mlflow.search_runs([experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"])
+    runs = mlflow.search_runs(
+        [experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
+    )
     if runs:
         return str(runs[0].info.run_id)
     run = mlflow.create_run(experiment_id, run_name=name, tags={KEY_TAG: key, **tags})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import signal
 import subprocess
 import time
@@ -100,7 +99,8 @@ def send(place: Place, records: Iterable[tuple[bytes | None, bytes | None, list[
 def test_bad_records_stay_with_their_error(place: Place) -> None:
     label = [("label", b"1")]
     send(place, [
-        (b"good", PNG + b"x", label), (None, PNG, label), (b"a", PNG, []), (b"b", None, label), (b"c", b"hello", label), (b"d", b"\xff\xd8\xff..", label),
+        (b"good", PNG + b"x", label), (None, PNG, label), (b"a", PNG, []), (b"b", None, label), (b"c", b"hello", label),
+        (b"d", b"\xff\xd8\xff..", label),
     ])  # fmt: skip
     assert place.ingest().metrics == {"rows": 6, "bad": 4}
     table = place.lake.table(place.path).to_pyarrow_table()
@@ -108,7 +108,12 @@ def test_bad_records_stay_with_their_error(place: Place) -> None:
     assert found == {"good": None, "d": None, "": "no key", "a": "no header label", "b": "no value", "c": "neither PNG nor JPEG"}
 
 
-JSON = {"good": (b'{"a": 1}', None), "list": (b"[1]", "JSON, but no object"), "text": (b"hello", "no JSON"), "not UTF-8": (b'{"a": "\xff"}', "no JSON")}
+JSON = {
+    "good": (b'{"a": 1}', None),
+    "list": (b"[1]", "JSON, but no object"),
+    "text": (b"hello", "no JSON"),
+    "not UTF-8": (b'{"a": "\xff"}', "no JSON"),
+}
 
 
 @pytest.mark.parametrize("case", JSON, ids=str)
@@ -214,9 +219,9 @@ def big_topic(stack: Stack, place: Place) -> Place:
 
 def test_killed_and_doubled_ingests_lose_nothing_and_double_nothing(stack: Stack, big_topic: Place, tmp_path: Path) -> None:
     lake = tmp_path / "lake"
-    for _ in range(3):
+    for seconds in (0.9, 1.4, 2.1):
         killed = process(stack, lake)
-        time.sleep(random.uniform(0.8, 2.5))
+        time.sleep(seconds)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     pair = [process(stack, lake) for _ in range(2)]

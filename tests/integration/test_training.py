@@ -113,14 +113,15 @@ def wait(seconds: float, ask: Any) -> Any:
 
 def stop(stack: Stack, program: str) -> None:
     """Stop a program; the supervisor's client lives in the control environment."""
-    code = "import sys; from forja.services import supervisor; from forja.settings import Settings; supervisor.stop_program(Settings.from_env(), sys.argv[1])"
+    code = "import sys; from forja.services.supervisor import stop_program as stop; from forja.settings import Settings; "
+    code += "stop(Settings.from_env(), sys.argv[1])"
     env = {**stack.env, "PYTHONPATH": str(ROOT / "include")}
     subprocess.run([envs.python("control", stack.settings), "-c", code, program], env=env, check=True)
 
 
 @pytest.fixture
 def dataset(runner: Runner) -> Iterator[str]:
-    yield runner.run("transform", raw="vision/digits/raw@1").path
+    return runner.run("transform", raw="vision/digits/raw@1").path
 
 
 def test_killed_training_goes_on_from_its_checkpoint_and_doubles_nothing(runner: Runner, dataset: str) -> None:

@@ -391,7 +391,7 @@ def test_generated_passwords_are_kept_and_complete(tmp_path: Path) -> None:
     assert (values["MINE"], values["FORJA_S3_SECRET"]) == ("1", "kept")
     assert set(re.findall(r"\$\{(\w+)", FILE.read_text())) == set(values) - {"MINE"}
     assert len(set(values.values())) == len(values)
-    assert all(len(v) == 44 for k, v in values.items() if k not in ("MINE", "FORJA_S3_SECRET"))
+    assert all(len(v) == (44 if k == "FORJA_FERNET_KEY" else 64) for k, v in values.items() if k not in ("MINE", "FORJA_S3_SECRET"))
     assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
     compose_env.main(tmp_path)
     assert (tmp_path / ".env").read_text() == first

@@ -35,7 +35,10 @@ def take(lake: Lake, done: Callable[[], bool] = lambda: False, said: list[str] |
 
 def holder(lake: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(lake)], env={**os.environ, "PYTHONPATH": str(ROOT / "include")}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(lake)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "include")},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"

@@ -95,12 +95,12 @@ def test_three_variants_and_the_gate(chain: Chain) -> None:
         assert set(receipt.outputs) == {"model.onnx", "engine.plan", "golden.npz", "measured.json"}
         assert receipt.metrics["accuracy"] > 0.97
         assert receipt.metrics["average_precision"] > 0.97
-        assert receipt.metrics["disagree"] < 0.03
+        assert receipt.metrics["agreement"] > 0.97
         assert receipt.metrics["engine_bytes"] == receipt.outputs["engine.plan"].bytes > 0
         assert receipt.facts["variant"] == variant
         assert receipt.facts["engine"]["deserialised"] == "not measured"
         assert receipt.facts["engine"]["latency_ms"] is None
-    assert found["fp32"].metrics["disagree"] == 0
+    assert found["fp32"].metrics["agreement"] == 1
     registered = receipts.load(chain.lake, chain.model)
     assert found["fp32"].outputs["model.onnx"].sha256 == registered.outputs["model.onnx"].sha256
     gate = chain.gate(*(r.path for r in found.values()))
@@ -111,12 +111,12 @@ def test_three_variants_and_the_gate(chain: Chain) -> None:
 
 
 def test_golden_samples_are_the_first_by_key_with_the_variants_own_answers(chain: Chain) -> None:
-    from forja.stages.optimize import probabilities
+    from forja.evaluation import answers
 
     receipt = chain.optimize("int8")
     with np.load(io.BytesIO(chain.lake.get(receipt.outputs["golden.npz"].path)), allow_pickle=False) as golden:
         assert golden["inputs"].shape == (RECIPE.rollout.golden_samples, FEATURES)
-        own = probabilities(chain.lake.get(receipt.outputs["model.onnx"].path), golden["inputs"])
+        own = answers(chain.lake.get(receipt.outputs["model.onnx"].path), golden["inputs"])
         assert np.abs(own - golden["probabilities"]).max() < 1e-6
         assert list(golden["labels"]) == [int(x > 0) for x in golden["inputs"][:, 0]]
 
@@ -140,7 +140,7 @@ def test_a_model_that_answers_nan_has_no_numbers_and_is_refused(tmp_path: Path) 
     chain = Chain(tmp_path, sign=float("nan"))
     receipt = chain.optimize("fp32")
     assert "accuracy" not in receipt.metrics
-    assert "disagree" not in receipt.metrics
+    assert "agreement" not in receipt.metrics
     json.loads(chain.lake.get(receipt.path), parse_constant=_no_constant)
     with pytest.raises(Refused, match="missing"):
         chain.gate(receipt.path)

@@ -35,7 +35,7 @@ def test_bad_site_files_are_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_unknown_site_names_the_known_ones() -> None:
-    with pytest.raises(BadInput, match="cluster, .*local"):
+    with pytest.raises(BadInput, match=r"cluster, .*local"):
         load_site("mars")
 
 

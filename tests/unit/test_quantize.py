@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from forja import evaluation, quantize  # noqa: E402
 from forja.errors import BadInput, Refused  # noqa: E402
-from forja.stages.optimize import probabilities  # noqa: E402
+from forja.evaluation import answers  # noqa: E402
 
 RAW = 1e6
 """Scale of raw inputs: beyond float16, like strain or power of a machine."""
@@ -70,7 +70,7 @@ def test_fp16_keeps_the_signature_and_answers(inputs: Any) -> None:
     source = network()
     half = quantize.fp16(source)
     assert signature(half) == signature(source)
-    assert np.abs(probabilities(half, inputs) - probabilities(source, inputs)).max() < 5e-3
+    assert np.abs(answers(half, inputs) - answers(source, inputs)).max() < 5e-3
     assert {t.data_type for t in onnx.load_from_string(half).graph.initializer if t.name.startswith("w")} == {TensorProto.FLOAT16}
 
 
@@ -85,7 +85,7 @@ def test_fp16_by_the_plain_converter_loses_raw_inputs(inputs: Any) -> None:
         quantize.checked(plain, "fp16")  # its nodes are out of order
     quantize.sort_nodes(plain.graph)
     del plain.graph.value_info[:]
-    assert not np.isfinite(probabilities(quantize.checked(plain, "fp16"), inputs)).all()
+    assert not np.isfinite(answers(quantize.checked(plain, "fp16"), inputs)).all()
 
 
 def test_fp16_refuses_a_weight_beyond_its_range() -> None:
@@ -99,7 +99,7 @@ def test_int8_is_symmetric_repeatable_and_close(inputs: Any, tmp_path: Path) -> 
     assert signature(first) == signature(source)
     assert first == quantize.int8(source, inputs, tmp_path)
     assert quantize.lint(onnx.load_from_string(first)) == []
-    assert evaluation.disagreement(probabilities(first, inputs), probabilities(source, inputs)) < 0.05
+    assert evaluation.agreement(answers(first, inputs), answers(source, inputs)) > 0.95
 
 
 def test_int8_leaves_front_and_convolution_branch_without_pairs(inputs: Any, tmp_path: Path) -> None:

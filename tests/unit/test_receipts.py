@@ -23,7 +23,8 @@ SCHEMA = json.loads((ROOT / "include/forja/receipt.schema.json").read_text())
 
 def receipt(**changes: Any) -> Receipt:
     body: dict[str, Any] = {
-        "stage": "train", "recipe": "digits", "team": "vision", "key": "0" * 32, "code": "0" * 64, "command": "./forja stage train --recipe digits",
+        "stage": "train", "recipe": "digits", "team": "vision", "key": "0" * 32, "code": "0" * 64,
+        "command": "./forja stage train --recipe digits",
         "inputs": {"dataset": [Input(ref="vision/digits/transform/k/receipt.json", digest="1" * 64)]},
         "outputs": {"model.pt": Output(path="vision/digits/train/k/x-model.pt", sha256="2" * 64, bytes=3)},
         "metrics": {"accuracy": 0.5}, "facts": {"latency_ms": None}, "report": ["a line"], "versions": {"torch": "2"},

@@ -35,7 +35,11 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a column without a range": (AI4I.dataset.columns[1], {"low": None}, "Column.values"),
     "a range upside down": (AI4I.dataset.columns[1], {"low": 500}, "Column.low"),
     "a column twice": (AI4I.dataset, {"columns": AI4I.dataset.columns * 2}, "Table.columns"),
-    "a live variant that isn't made": (DIGITS, {"optimize": base.Optimize(variants=("fp32",)), "rollout": base.Rollout(untimed="int8")}, "untimed"),
+    "a live variant that isn't made": (
+        DIGITS,
+        {"optimize": base.Optimize(variants=("fp32",)), "rollout": base.Rollout(untimed="int8")},
+        "untimed",
+    ),
 }
 
 

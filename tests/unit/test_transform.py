@@ -124,7 +124,8 @@ def _receipt(outcome: Outcome) -> receipts.Receipt:
 
 
 ROW = {
-    "Type": "L", "Air temperature [K]": 300, "Process temperature [K]": 310.5, "Rotational speed [rpm]": 1500, "Torque [Nm]": 40, "Tool wear [min]": 5
+    "Type": "L", "Air temperature [K]": 300, "Process temperature [K]": 310.5, "Rotational speed [rpm]": 1500, "Torque [Nm]": 40,
+    "Tool wear [min]": 5,
 }  # fmt: skip
 ROWS = {
     "good": (ROW, None),
@@ -171,7 +172,9 @@ def test_folds_are_a_partition_and_growth_moves_nothing() -> None:
     keys = [f"k{i}" for i in range(5000)]
     positions = [transform.position(k) for k in keys]
     assert all(0 <= p < 1 for p in positions)
-    tests = Counter(k for fold in range(5) for k, p in zip(keys, positions, strict=True) if transform.side(p, Split(rotate=fold / 5)) == "test")
+    tests = Counter(
+        k for fold in range(5) for k, p in zip(keys, positions, strict=True) if transform.side(p, Split(rotate=fold / 5)) == "test"
+    )
     assert set(tests) == set(keys)
     assert set(tests.values()) == {1}
     shares = Counter(transform.side(p, Split(validation=0.1, test=0.2)) for p in positions)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from forja.services.airflow_api import TaskRun
 
 COLOURS = {
-    "success": "green", "running": "cyan", "deferred": "cyan", "failed": "red", "upstream_failed": "red", "up_for_retry": "yellow", "skipped": "magenta"
+    "success": "green", "running": "cyan", "deferred": "cyan", "failed": "red", "upstream_failed": "red", "up_for_retry": "yellow",
+    "skipped": "magenta",
 }  # fmt: skip
 
 
@@ -64,9 +65,7 @@ def summarize(settings: Settings, done: ChainRun) -> dict[str, Any]:
 
     found = lineage.of_release(Lake(settings.lake), done.release)
     user, password = airflow.login(settings)
-    tasks = [
-        {"task": name(t), "state": t.state, "seconds": round(t.seconds, 1), "adopted": bool(done.facts[name(t)].get("adopted"))} for t in done.tasks
-    ]  # fmt: skip
+    tasks = [_task(t, done.facts[name(t)]) for t in done.tasks]
     return {
         "recipe": done.recipe, "run_id": done.run_id, "tasks": tasks, "variants": found.variants(), "gate": found.gate.facts,
         "test": {k: v for k, v in found.model.metrics.items() if k.startswith("test_")}, "release": done.release.facts,
@@ -76,6 +75,12 @@ def summarize(settings: Settings, done: ChainRun) -> dict[str, Any]:
             "password": password, "mlflow": settings.mlflow,
         },
     }  # fmt: skip
+
+
+def _task(task: TaskRun, facts: dict[str, Any]) -> dict[str, Any]:
+    from forja.chain import name
+
+    return {"task": name(task), "state": task.state, "seconds": round(task.seconds, 1), "adopted": bool(facts.get("adopted"))}
 
 
 def show(settings: Settings, summary: dict[str, Any]) -> None:
@@ -104,7 +109,7 @@ def variants_table(variants: list[dict[str, Any]], gate: dict[str, Any]) -> Tabl
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("variant")
-    metrics = [m for m in ("accuracy", "average_precision", "disagree") if any(m in v["metrics"] for v in variants)]
+    metrics = [m for m in ("accuracy", "average_precision", "agreement") if any(m in v["metrics"] for v in variants)]
     for title in [*metrics, "ONNX", "engine", "GPU latency"]:
         table.add_column(title.replace("_", " "), justify="right")
     table.add_column("gate")

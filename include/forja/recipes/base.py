@@ -362,7 +362,13 @@ class Recipe:
         check(bool(self.gates), self, "gates", self.gates, "one rule or more")
         check(self.metric in ("accuracy", "average_precision"), self, "metric", self.metric, "accuracy or average_precision")
         images = isinstance(self.dataset, Images)
-        check(images == (self.source.payload == "image"), self, "dataset", type(self.dataset).__name__, "Images for image payloads, Table for json")
+        check(
+            images == (self.source.payload == "image"),
+            self,
+            "dataset",
+            type(self.dataset).__name__,
+            "Images for image payloads, Table for json",
+        )
         check(images == isinstance(self.model, Cnn), self, "model", type(self.model).__name__, "Cnn for Images, Mlp for Table")
         if self.metric == "average_precision":
             check(len(self.dataset.classes) == 2, self, "metric", self.metric, "average_precision needs two classes")

@@ -89,7 +89,6 @@ def environment(settings: Settings) -> dict[str, str]:
         "logging__file_task_handler_new_folder_permissions": "0o700",
         "logging__file_task_handler_new_file_permissions": "0o600",
         "logging__colored_console_log": False,
-        "usage_data_collection__enabled": False,
     }
     return {
         **{f"AIRFLOW__{key.upper()}": str(value) for key, value in options.items()},

@@ -101,7 +101,8 @@ class Airflow:
         return [
             TaskRun(
                 task=t["task_id"], map_index=t["map_index"], label=t.get("rendered_map_index") or "", state=t["state"] or "none",
-                started=t["start_date"] or "", ended=t["end_date"] or "", seconds=float(t["duration"] or 0), tries=int(t["try_number"] or 0),
+                started=t["start_date"] or "", ended=t["end_date"] or "", seconds=float(t["duration"] or 0),
+                tries=int(t["try_number"] or 0),
             )
             for t in found["task_instances"]
         ]  # fmt: skip

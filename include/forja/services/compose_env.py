@@ -27,13 +27,18 @@ def wanted(compose: str) -> list[str]:
 def lines(compose: str, env: str) -> list[str]:
     """The lines of ``env``, and one with a new secret for each variable that it lacks.
 
-    Each is 32 random bytes as URL-safe base64: what Airflow wants for a Fernet key, and good for everything else.
+    Each is random bytes as URL-safe base64: 32 for a Fernet key, as Airflow wants it, and 48 for the others, since a key that
+    signs tokens should have 64 characters.
     """
     there = {line.partition("=")[0].strip() for line in env.splitlines() if line.partition("=")[2].strip()}
     kept = [line for line in env.splitlines() if line.strip()]
     missing = [name for name in wanted(compose) if name not in there]
     kept = [line for line in kept if line.partition("=")[0].strip() not in missing]
-    return kept + [f"{name}={base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()}" for name in missing]
+    return kept + [f"{name}={_secret(32 if 'FERNET' in name else 48)}" for name in missing]
+
+
+def _secret(size: int) -> str:
+    return base64.urlsafe_b64encode(secrets.token_bytes(size)).decode()
 
 
 def main(root: Path = ROOT) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -65,6 +66,10 @@ def main() -> None:
     if program["shm_prefix"]:
         for file in Path("/dev/shm").glob(f"{program['shm_prefix']}*"):  # noqa: S108 (where shm_open puts them)
             file.unlink(missing_ok=True)
+    if program["stack_mib"]:
+        _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+        wanted = program["stack_mib"] << 20
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     os.chdir(program["cwd"])
     os.execve(program["command"][0], program["command"], {**os.environ, **program["env"]})  # noqa: S606 (no shell is wanted)
 

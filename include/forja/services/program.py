@@ -44,3 +44,5 @@ class Program:
     """Whether SIGTERM goes to its children too: for parents that don't pass it on."""
     shm_prefix: str = ""
     """Files in /dev/shm that begin with this are its own, and are removed before it starts."""
+    stack_mib: int = 0
+    """Stack of its threads in MiB; 0 leaves the system's."""

@@ -66,6 +66,11 @@ def socket(settings: Settings) -> Path:
     return path
 
 
+def socket_of(settings: Settings, program: str) -> Path:
+    """Where the supervisord of one program alone listens: in Compose each Triton slot is a container with one of its own."""
+    return settings.state / "run" / f"{program}.sock"
+
+
 def log(settings: Settings, name: str) -> Path:
     """The log file of a program."""
     return settings.state / "log" / f"{name}.log"
@@ -76,19 +81,24 @@ def configure(settings: Settings, programs: Iterable[Program]) -> None:
     sections = [_section(settings, p) for p in programs]
     private(settings.state / "log")
     private(settings.state / "run")
-    write_if_new(settings.state / "conf" / "supervisord.conf", _head(settings) + "".join(sections))
+    write_if_new(settings.state / "conf" / "supervisord.conf", _head(settings, socket(settings)) + "".join(sections))
 
 
-def _head(settings: Settings) -> str:
+def alone(settings: Settings, program: Program) -> str:
+    """Configuration of a supervisord that keeps one program, which starts with it when it should."""
+    return _head(settings, socket_of(settings, program.name)) + _section(settings, program, autostart=program.autostart)
+
+
+def _head(settings: Settings, listens: Path) -> str:
     state = _escaped(settings.state)
     return f"""[unix_http_server]
-file={_escaped(socket(settings))}
+file={_escaped(listens)}
 chmod=0600
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 [supervisord]
-logfile={state}/log/supervisord.log
-pidfile={state}/run/supervisord.pid
+logfile={state}/log/{listens.stem}d.log
+pidfile={state}/run/{listens.stem}d.pid
 childlogdir={state}/log
 directory={state}
 nodaemon=true
@@ -96,10 +106,18 @@ minfds=1024
 """
 
 
-def _section(settings: Settings, program: Program) -> str:
+def _section(settings: Settings, program: Program, *, autostart: bool = False) -> str:
     env = {**program.env, "FORJA_STATE": str(settings.state), "FORJA_PROGRAM": program.name, "MALLOC_ARENA_MAX": "2"}
     text = json.dumps(
-        {"command": program.command, "cwd": str(program.cwd), "env": env, "shm_prefix": program.shm_prefix}, indent=1, sort_keys=True
+        {
+            "command": program.command,
+            "cwd": str(program.cwd),
+            "env": env,
+            "shm_prefix": program.shm_prefix,
+            "stack_mib": program.stack_mib,
+        },
+        indent=1,
+        sort_keys=True,
     )
     file = settings.state / "conf" / f"{program.name}.json"
     write_if_new(file, text)
@@ -110,7 +128,7 @@ stdout_logfile={_escaped(log(settings, program.name))}
 stdout_logfile_maxbytes=10MB
 stdout_logfile_backups=2
 redirect_stderr=true
-autostart=false
+autostart={str(autostart).lower()}
 autorestart=true
 startsecs={program.start_seconds}
 startretries=10
@@ -125,16 +143,17 @@ def _escaped(text: object) -> str:
 
 
 @contextlib.contextmanager
-def connection(settings: Settings) -> Iterator[Any]:
-    """supervisord's XML-RPC interface; Unavailable when it doesn't run."""
+def connection(settings: Settings, program: str = "") -> Iterator[Any]:
+    """XML-RPC interface of the supervisord that keeps ``program``: its own, if it has one. Unavailable when it doesn't run."""
     from supervisor.xmlrpc import SupervisorTransport
 
-    transport = SupervisorTransport(None, None, f"unix://{socket(settings)}")
+    own = socket_of(settings, program)
+    transport = SupervisorTransport(None, None, f"unix://{own if own.exists() else socket(settings)}")
     try:
         with xmlrpc.client.ServerProxy("http://127.0.0.1", transport) as proxy:
             yield proxy.supervisor
     except (OSError, xmlrpc.client.ProtocolError) as error:
-        raise Unavailable("the supervisor of the services", value=str(error), do="run ./forja up") from error
+        raise Unavailable("the supervisor of the services", value=str(error), do="run ./forja up, or docker compose up -d") from error
 
 
 def alive(settings: Settings) -> bool:
@@ -230,7 +249,7 @@ def restart_program(settings: Settings, name: str) -> None:
 
 
 def _tell(settings: Settings, name: str, call: Callable[[Any], object], harmless: int) -> None:
-    with connection(settings) as supervisor:
+    with connection(settings, name) as supervisor:
         try:
             call(supervisor)
         except xmlrpc.client.Fault as fault:

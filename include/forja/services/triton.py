@@ -96,6 +96,8 @@ def _program(settings: Settings, python: Path, recipe: str, place: Slot) -> Prog
         autostart=place.repository.is_dir() and any(p.is_dir() for p in place.repository.iterdir()),
         stop_seconds=15,
         shm_prefix=prefix,
+        # 2.51 parses JSON on the stack of a thread: with 8 MiB a body of about 4 MiB ends the server.
+        stack_mib=256,
     )
 
 

@@ -7,8 +7,10 @@ tells what kind of error ended it (see ``forja.errors``).
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+from pathlib import Path
 
 from forja.errors import BadInput, ForjaError
 from forja.recipes.base import STAGES
@@ -21,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="forja stage", description="Run one stage of a recipe.")
     parser.add_argument("verb", choices=STAGES)
     parser.add_argument("--recipe", required=True)
-    parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="NAME=REF", help="an input; a receipt's path, or TABLE@VERSION")
+    parser.add_argument(
+        "--in", dest="inputs", action="append", default=[], metavar="NAME=REF", help="an input; a receipt's path, or TABLE@VERSION"
+    )
     parser.add_argument("--variant", default="")
     parser.add_argument("--code", default="", help="refuse unless the code has this digest")
     arguments = parser.parse_args(argv)
@@ -39,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {line}")
     print("written" if written else "adopted")
     print(f"receipt {receipt.path}", flush=True)
+    if file := os.environ.get("FORJA_RECEIPT_FILE"):
+        Path(file).write_text(receipt.path)  # a pod's termination message, which its operator reads
     return 0
 
 

@@ -113,5 +113,7 @@ class Work:
 def one_variant(variant: str, allowed: tuple[str, ...]) -> str:
     """``variant`` if the recipe makes it; BadInput otherwise."""
     if variant not in allowed:
-        raise BadInput("variant", value=variant, allowed=", ".join(allowed), do="pass --variant, or add it to the recipe's optimize.variants")
+        raise BadInput(
+            "variant", value=variant, allowed=", ".join(allowed), do="pass --variant, or add it to the recipe's optimize.variants"
+        )
     return variant

@@ -18,12 +18,9 @@ from forja.recipes.base import Recipe
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work, one_variant
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset", "model"), variants=True, hardware=True)
-BATCH = 256
-"""Samples in one evaluation run; it bounds memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +64,11 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     work.say(f"{plan.variant}: {len(model):,} bytes of ONNX")
 
     validation = loading.arrays(work, dataset, parts.dataset, "validation")
-    reference = probabilities(source, validation.inputs)
-    answers = reference if plan.variant == "fp32" else probabilities(model, validation.inputs)
+    reference = evaluation.answers(source, validation.inputs)
+    answers = reference if plan.variant == "fp32" else evaluation.answers(model, validation.inputs)
     metrics = evaluation.measure(answers, validation.labels, parts.metric)
     if metrics:
-        metrics["disagree"] = evaluation.disagreement(answers, reference)
+        metrics["agreement"] = evaluation.agreement(answers, reference)
     work.say(f"{plan.variant}: {len(validation.keys)} validation samples " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
     engine = engines.make(model, parts.dataset.shape, max_batch=parts.max_batch, capability=parts.compute_capability)
@@ -106,21 +103,6 @@ def _variant(plan: Plan[Parts], work: Work, source: bytes) -> bytes:
     chosen = quantize.balanced(train.labels.tolist(), train.keys, plan.parts.calibration_samples)
     work.say(f"int8: calibrating on {len(chosen)} of {len(train.keys)} training samples")
     return quantize.int8(source, train.inputs[chosen], work.scratch)
-
-
-def probabilities(model: bytes, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What onnxruntime answers on this CPU: float32 [N, *shape] to float32 [N, classes]."""
-    import numpy
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # A sum that is split over threads in another way could round in another way, and golden answers are compared.
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    batches = [session.run(None, {name: inputs[i : i + BATCH]})[0] for i in range(0, len(inputs), BATCH)]
-    return numpy.concatenate(batches) if batches else numpy.zeros((0, session.get_outputs()[0].shape[1]), numpy.float32)
 
 
 def _npz(arrays: dict[str, Any]) -> bytes:

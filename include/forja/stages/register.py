@@ -85,17 +85,13 @@ def _adopted(receipt: Receipt) -> Outcome:
 
 def _exported(plan: Plan[Parts], work: Work, dataset: Receipt, training: Receipt) -> Outcome:
     """ONNX export, parity and evaluation."""
-    import numpy as np
-    import onnxruntime
-
     module = _network(plan.parts, work.load(training, "model.pt"))
     onnx_bytes = export(module, plan.parts.dataset.shape)
     work.say(f"exported ONNX, {len(onnx_bytes) / 1e6:.2f} MB")
-    session = onnxruntime.InferenceSession(onnx_bytes, providers=["CPUExecutionProvider"])
     numbers: dict[str, float] = {}
     for split in ("validation", "test"):
         data = loading.arrays(work, dataset, plan.parts.dataset, split)
-        answers = np.concatenate([session.run(None, {"input": data.inputs[i : i + 256]})[0] for i in range(0, len(data.labels), 256)])
+        answers = evaluation.answers(onnx_bytes, data.inputs)
         if split == "validation":
             numbers["parity"] = parity(module, data.inputs[:256], answers[:256])
         numbers |= {f"{split}_{k}": v for k, v in evaluation.measure(answers, data.labels, plan.parts.metric).items()}
@@ -145,7 +141,9 @@ def parity(module: Any, inputs: np.ndarray[Any, Any], answers: np.ndarray[Any, A
     return difference
 
 
-def _complete_run(mlflow: MlflowClient, plan: Plan[Parts], work: Work, dataset: Receipt, training: Receipt, numbers: dict[str, float]) -> str:
+def _complete_run(
+    mlflow: MlflowClient, plan: Plan[Parts], work: Work, dataset: Receipt, training: Receipt, numbers: dict[str, float]
+) -> str:
     """The training's run, made if MLflow was away all the time, with the whole series and the evaluation."""
     tags = {"forja.recipe": plan.recipe, "forja.dataset": dataset.path, "forja.dataset_digest": dataset.digest}
     run_id = tracking.run_for(mlflow, f"{plan.team}/{plan.recipe}", training.key, f"{plan.recipe}-{training.key[:8]}", tags)
@@ -189,9 +187,9 @@ def _log_model(plan: Plan[Parts], work: Work, onnx: Output, run_id: str, tags: d
     )
     mlflow.set_tracking_uri(work.settings.mlflow)
     with mlflow.start_run(run_id=run_id):
+        model = onnx_library.load_from_string(work.lake.read(onnx.path, onnx.sha256))
         info = mlflow.onnx.log_model(
-            onnx_library.load_from_string(work.lake.read(onnx.path, onnx.sha256)), name="model", signature=signature, save_as_external_data=False,
+            model, name="model", signature=signature, save_as_external_data=False,
             pip_requirements=[f"onnxruntime=={version('onnxruntime')}"], metadata={"classes": list(plan.parts.dataset.classes)},
         )  # fmt: skip
-    made = mlflow.MlflowClient().create_model_version(plan.recipe, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
-    return made
+    return mlflow.MlflowClient().create_model_version(plan.recipe, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)

@@ -30,7 +30,8 @@ from forja.tracking import RunLog
 from forja.training import Config, checkpoint_path, epoch_of, newest_checkpoint
 
 if TYPE_CHECKING:
-    pass  # torchrun starts it: the key depends on it, this process doesn't load it
+    # torchrun starts it: the key depends on its code, though this process never loads it.
+    import forja.training.rank  # noqa: F401
 
 STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset",))
 
@@ -117,7 +118,16 @@ def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, A
 
 def _torchrun(config: Path, plan: Plan[Parts], work: Work, history: Path, log: RunLog) -> None:
     ranks, epochs = plan.parts.training.ranks, plan.parts.training.epochs
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "forja.training.rank", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "forja.training.rank",
+        str(config),
+    ]
     # Threads beyond the cores make OpenMP's waiting loops take turns: 20 times slower on two cores was seen.
     threads = max(1, (os.cpu_count() or 1) // ranks)
     work.say(f"torchrun with {ranks} ranks of {threads} threads")

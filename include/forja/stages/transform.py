@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -61,17 +61,27 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     good = good.with_columns(position=pl.Series([position(k) for k in good["key"]], dtype=pl.Float64)).sort("position")
     good = good.with_columns(split=pl.Series([side(p, dataset.split) for p in good["position"]], dtype=pl.String))
     work.say(f"{len(good)} events are usable and distinct")
-    contents, statistics = (_images if isinstance(dataset, Images) else _tables)(good, dataset, rejected)
+    contents, statistics = _images(good, dataset, rejected) if isinstance(dataset, Images) else _tables(good, dataset, rejected)
     numbers = {label: i for i, label in enumerate(dataset.classes)}
-    rows = [(k, s, numbers[label], c) for k, s, label, c in zip(good["key"], good["split"], good["label"], contents, strict=True) if c is not None]
+    rows = [
+        (k, s, numbers[label], c)
+        for k, s, label, c in zip(good["key"], good["split"], good["label"], contents, strict=True)
+        if c is not None
+    ]
     counts = {name: Counter(label for _, s, label, _ in rows if s == name) for name in SPLITS}
     for name in SPLITS:
         if not counts[name]:
-            raise BadInput(f"{name} split of {plan.recipe}", value="no samples", allowed=f"one or more of {len(raw)} events; rejected: {dict(rejected)}")
+            raise BadInput(
+                f"{name} split of {plan.recipe}",
+                value="no samples",
+                allowed=f"one or more of {len(raw)} events; rejected: {dict(rejected)}",
+            )
     outcome = Outcome(versions={"polars": version("polars"), "nvidia-dali-cuda120": version("nvidia-dali-cuda120")})
     for name in SPLITS:
         _pack(name, [(c, n) for _, s, n, c in rows if s == name], dataset, work, outcome)
-    statistics["splits"] = {n: {"rows": counts[n].total(), "classes": {c: counts[n][i] for i, c in enumerate(dataset.classes)}} for n in SPLITS}
+    statistics["splits"] = {
+        n: {"rows": counts[n].total(), "classes": {c: counts[n][i] for i, c in enumerate(dataset.classes)}} for n in SPLITS
+    }
     statistics["rejected"] = dict(sorted(rejected.items()))
     outcome.outputs["statistics.json"] = work.save("statistics.json", canonical(statistics))
     outcome.outputs["keys.json"] = work.save("keys.json", canonical({n: [k for k, s, _, _ in rows if s == n] for n in SPLITS}))
@@ -93,9 +103,12 @@ def select(raw: pl.DataFrame, classes: tuple[str, ...], rejected: Counter[str]) 
 
     for reason, count in raw.filter(pl.col("error").is_not_null()).group_by("error").len().iter_rows():
         rejected[f"ingest: {reason}"] += count
-    steps = (
+    steps: tuple[tuple[str, Callable[[pl.DataFrame], pl.DataFrame]], ...] = (
         ("label not in classes", lambda f: f.filter(pl.col("label").is_in(list(classes)))),
-        ("superseded by a newer event of its key", lambda f: f.sort("time", "partition", "offset").unique("key", keep="last", maintain_order=True)),
+        (
+            "superseded by a newer event of its key",
+            lambda f: f.sort("time", "partition", "offset").unique("key", keep="last", maintain_order=True),
+        ),
         ("equal content under different labels", lambda f: f.filter(pl.col("label").n_unique().over("sha256") == 1)),
         ("duplicate content", lambda f: f.sort("key").unique("sha256", keep="first", maintain_order=True)),
     )
