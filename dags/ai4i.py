@@ -3,6 +3,12 @@
 **`ai4i_ingest`** reads new events from Kafka into the raw table. Kafka's doorbell starts it; a run that finds nothing new is
 *skipped*. **`ai4i`** makes a model of one version of that table and puts it live. New data start it, and a person may.
 
+**When a run fails**, the live model goes on serving: only the last task moves traffic, and only after its proof. The failed
+task's log ends with the reason. What to do says the task's documentation: click its name in the grid, then the open book.
+Clearing it is always safe: work that is done is adopted, not repeated.
+
+**To go back** to the version before: trigger with the `raw` that the *transform* receipt of its run names.
+
 | task | does | leaves |
 | --- | --- | --- |
 | admit | lets the run pass or skips it, pins the version of the raw table | the reason |
@@ -12,10 +18,6 @@
 | optimize | one variant each: ONNX, engine, accuracy | what the gate judges |
 | gate | applies the recipe's rules, picks the variant or refuses | verdicts |
 | release | loads it into the idle Triton slot, proves it, moves traffic | alias `champion` |
-
-**When a run fails**, the live model goes on serving: only the last task moves traffic, and only after its proof. Open the
-failed task: its documentation says what to do, its log ends with the reason, and clearing it is always safe. Work that is
-done is adopted, not repeated. **To go back** to the version before: trigger with the `raw` of its receipt.
 """
 
 from airflow.sdk import DAG, TaskGroup
@@ -37,6 +39,6 @@ with DAG(RECIPE.name, schedule=schedule(RECIPE), params=params(RECIPE), **settin
         optimize = stage("optimize", RECIPE, variants=RECIPE.optimize.variants, dataset=transform, model=register)
         gate = stage("gate", RECIPE, optimize=optimize)
     with TaskGroup("serving", prefix_group_id=False, tooltip="From a chosen variant to live traffic"):
-        release = stage("release", RECIPE, gate=gate)
+        release = stage("release", RECIPE, gate=gate, model=register)
 
     admitted >> transform >> train >> register >> optimize >> gate >> release

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from forja import keys, stages
 from forja.errors import BadInput, Conflict
-from forja.lake import Lake, split_table_ref, table_digest
+from forja.lake import Lake, canonical, sha256, split_table_ref, table_digest
 from forja.recipes.base import Recipe, Triggers
+from forja.stages.ingest import table_path
 
 Cause = Literal["hand", "new data", "schedule"]
 
@@ -22,9 +24,13 @@ LOOK_BACK = 200
 """Decisions that a repeated run reads to find its own."""
 
 
+CODE = ("transform", "train")
+"""Stages whose code makes the model: with the same rows and recipe, other code of theirs is other work."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A version of the raw table that a run would use."""
+    """What a run would do: a version of the raw table, by this recipe and code."""
 
     raw: str
     """``<team>/<recipe>/raw@<version>``."""
@@ -32,6 +38,18 @@ class Candidate:
     """Digest of its rows' content."""
     rows: int
     """Rows in it, bad ones included."""
+    recipe: str = ""
+    """Digest of the whole recipe; empty in decisions that were made before it was recorded."""
+    code: str = ""
+    """Digest of the code of the stages in CODE, their locks included."""
+
+    def same_work(self, other: Candidate) -> bool:
+        """Whether both would make the same model, whatever the versions' numbers."""
+        return (self.digest, self.recipe, self.code) == (other.digest, other.recipe, other.code)
+
+    def changed(self, since: Candidate) -> str:
+        """What of recipe and code is another one, in words; empty for neither."""
+        return " and ".join(n for n in ("recipe", "code") if getattr(self, n) != getattr(since, n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +120,18 @@ def _verdict(
         return "admitted", "started by hand", 0.0
     if admitted is None:
         return "admitted", "the first run", 0.0
-    if candidate.digest == admitted.candidate.digest:
-        return "skipped", f"run {admitted.run} was admitted with the same rows ({admitted.candidate.raw})", 0.0
+    if candidate.same_work(admitted.candidate):
+        return "skipped", f"run {admitted.run} was admitted with the same rows ({admitted.candidate.raw}), recipe and code", 0.0
     if run.cause == "schedule":
         return "admitted", "by schedule", 0.0
     fresh = candidate.rows - admitted.candidate.rows
-    if fresh < triggers.min_new_rows:
+    changed = candidate.changed(admitted.candidate)
+    if fresh < triggers.min_new_rows and not changed:
         return "skipped", f"{fresh} new rows since {admitted.candidate.raw}; the recipe asks for {triggers.min_new_rows}", 0.0
     until = admitted.at + triggers.cooldown_s
     if now >= until:
-        return "admitted", f"{fresh} new rows since {admitted.candidate.raw}", 0.0
+        reason = f"{fresh} new rows since {admitted.candidate.raw}"
+        return "admitted", f"{reason}; since run {admitted.run} changed: {changed}" if changed else reason, 0.0
     if waiter not in ("", run.id):
         return "skipped", f"run {waiter} waits for the end of the cool-down and will take these rows too", 0.0
     ago = f"run {admitted.run} was admitted {now - admitted.at:.0f} s ago"
@@ -142,8 +162,8 @@ def admit(lake: Lake, recipe: Recipe, run: Run, raw: str, clock: Callable[[], fl
 
 
 def pin(lake: Lake, recipe: Recipe, raw: str = "") -> Candidate:
-    """A version of the raw table with its digest; its newest version when ``raw`` is empty."""
-    table = f"{recipe.team}/{recipe.name}/raw"
+    """A version of the raw table with its digest, the recipe's and the code's; its newest version when ``raw`` is empty."""
+    table = table_path(recipe.team, recipe.name)
     version: int | None = None
     if raw:
         path, version = split_table_ref(raw)
@@ -151,14 +171,11 @@ def pin(lake: Lake, recipe: Recipe, raw: str = "") -> Candidate:
             raise BadInput(f"raw table of {recipe.name}", value=raw, allowed=f"{table}@VERSION")
     delta = lake.table(table, version)
     ref = f"{table}@{delta.version()}"
-    return Candidate(raw=ref, digest=table_digest(lake, ref), rows=int(delta.count()))
-
-
-def history(lake: Lake, recipe: Recipe, most: int = LOOK_BACK) -> list[Decision]:
-    """The newest decisions, newest first."""
-    newest = _newest(lake, recipe)
-    first = newest.number if newest else 0
-    return [_load(lake, recipe, number) for number in range(first, max(0, first - most), -1)]
+    code = [keys.code_digest(f"forja.stages.{verb}", stages.load(verb).STAGE.environment) for verb in CODE]
+    return Candidate(
+        raw=ref, digest=table_digest(lake, ref), rows=int(delta.count()), recipe=sha256(canonical(keys.plain(recipe))),
+        code=sha256(canonical(code)),
+    )  # fmt: skip
 
 
 def _own(lake: Lake, recipe: Recipe, newest: Decision, run: str) -> Decision | None:

@@ -63,8 +63,9 @@ class Claim:
         """Stop beating and remove the claim."""
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            for number in _numbers(self.lake, self.folder):
+        # A successor's claim, which a holder that stood still may find only now, stays.
+        for number in _numbers(self.lake, self.folder):
+            if number <= self.number:
                 self.lake.delete(_path(self.folder, number))
 
 

@@ -7,7 +7,6 @@ the server does. ``./forja predict`` and ``./forja evaluate`` run it.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -16,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from forja import evaluation, loading, recipes, samples, tables
-from forja.errors import BadInput, ForjaError, Unavailable
+from forja.errors import BadInput, ForjaError
 from forja.recipes.base import CsvSamples, Images, Recipe, Table
+from forja.serving.triton import Endpoint
 from forja.settings import Settings
 from forja.stages import transform
 
@@ -75,36 +76,52 @@ def read(recipe: Recipe, path: Path) -> list[Item]:
 
 
 def _images(path: Path) -> Iterator[Item]:
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-            yield Item(name=str(file), payload=file.read_bytes(), label=file.parent.name)
-    elif path.suffix.lower() == ".zip":
+    try:
+        if path.is_dir():
+            for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+                yield Item(name=str(file), payload=file.read_bytes(), label=file.parent.name)
+        elif path.suffix.lower() == ".zip":
+            yield from _zipped(path)
+        else:
+            yield Item(name=str(path), payload=path.read_bytes(), label=path.parent.name)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _zipped(path: Path) -> Iterator[Item]:
+    try:
         with zipfile.ZipFile(path) as archive:
             for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_SUFFIXES):
                 yield Item(name=name, payload=archive.read(name), label=Path(name).parent.name)
-    else:
-        yield Item(name=str(path), payload=path.read_bytes(), label=path.parent.name)
+    except Exception as error:  # a broken or encrypted archive raises errors of six kinds
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> BadInput:
+    return BadInput(f"file {path} can't be read", value=f"{type(error).__name__}: {error}", allowed="a whole file that may be read")
 
 
 def _rows(recipe: Recipe, dataset: Table, path: Path) -> Iterator[Item]:
     if path.suffix.lower() == ".json":
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BadInput(f"{path} is no JSON", value=str(error)) from error
-        for number, row in enumerate(content if isinstance(content, list) else [content]):
-            yield Item(name=f"{path}[{number}]", payload=json.dumps(row).encode())
+        yield from _objects(path)
         return
     kind = recipe.source.samples
     label = kind.label if isinstance(kind, CsvSamples) else ""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [c.name for c in dataset.columns if c.name not in (reader.fieldnames or [])]
-        if missing:
-            raise BadInput(f"columns of {path}", value=reader.fieldnames, do=f"add {missing}")
-        for number, row in enumerate(reader, 2):
-            payload = {k: samples.number(v) for k, v in row.items() if k != label}
-            yield Item(name=f"{path}:{number}", payload=json.dumps(payload).encode(), label=row.get(label))
+    categories = [c.name for c in dataset.columns if c.values]
+    for line, row in samples.rows(path, [c.name for c in dataset.columns]):
+        payload = samples.cells({k: v for k, v in row.items() if k != label}, categories)
+        yield Item(name=f"{path}:{line}", payload=json.dumps(payload).encode(), label=row.get(label))
+
+
+def _objects(path: Path) -> Iterator[Item]:
+    try:
+        content, problem = tables.json_value(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if problem is not None:
+        raise BadInput(f"file {path}", value=problem, allowed="a JSON object or a list of them")
+    for number, row in enumerate(content if isinstance(content, list) else [content]):
+        yield Item(name=f"{path}[{number}]", payload=json.dumps(row).encode())
 
 
 def held_out(recipe: Recipe) -> list[Item]:
@@ -114,49 +131,6 @@ def held_out(recipe: Recipe) -> list[Item]:
         for s in samples.samples(recipe, None)
         if transform.side(transform.position(s.key), recipe.dataset.split) == "test"
     ]
-
-
-class Endpoint:
-    """The live model behind the router, over HTTP (KServe v2 protocol)."""
-
-    def __init__(self, url: str, model: str, max_batch: int) -> None:
-        from tritonclient import http
-
-        self.url, self.model, self.max_batch, self._http = url, model, max_batch, http
-        self._client = http.InferenceServerClient(url.removeprefix("http://"), connection_timeout=10, network_timeout=60)
-
-    def ask(self, batch: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str]:
-        """Probabilities float32 [N, classes] for inputs float32 [N, *shape], and the version that answered last.
-
-        Raises:
-            Unavailable: nothing answers, or no release is live.
-            BadInput: the server refuses the input.
-        """
-        import numpy as np
-
-        answers = [self._ask(batch[i : i + self.max_batch]) for i in range(0, len(batch), self.max_batch)]
-        return np.concatenate([probabilities for probabilities, _ in answers]), answers[-1][1]
-
-    def _ask(self, batch: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str]:
-        from tritonclient.utils import InferenceServerException
-
-        tensor = self._http.InferInput("input", list(batch.shape), "FP32")
-        tensor.set_data_from_numpy(batch)
-        try:
-            answer = self._client.infer(self.model, [tensor])
-        except InferenceServerException as error:
-            if error.status() == "400":
-                raise BadInput(
-                    f"model {self.model} refuses the input", value=error.message(), allowed=f"float32 {list(batch.shape)}"
-                ) from error
-            raise self._away(error) from error
-        except OSError as error:
-            raise self._away(error) from error
-        return answer.as_numpy("probabilities"), str(answer.get_response()["model_version"])
-
-    def _away(self, error: Exception) -> Unavailable:
-        do = f"./forja status; if there is no release yet, make run RECIPE={self.model}"
-        return Unavailable(f"model {self.model} at {self.url} doesn't answer", value=str(error), do=do)
 
 
 def predict(recipe: Recipe, endpoint: Endpoint, items: list[Item]) -> list[dict[str, Any]]:
@@ -203,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = recipes.load(arguments.recipe)
         items = [item for path in arguments.paths for item in read(recipe, path)] or held_out(recipe)
         items = items[: arguments.limit]
-        endpoint = Endpoint(Settings.from_env().endpoint, recipe.name, recipe.optimize.max_batch)
+        endpoint = Endpoint(urlsplit(Settings.from_env().endpoint).netloc, recipe.name, recipe.optimize.max_batch)
         answer: object
         answer = predict(recipe, endpoint, items) if arguments.verb == "predict" else evaluate(recipe, endpoint, items)
     except ForjaError as error:

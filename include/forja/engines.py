@@ -7,7 +7,11 @@ strongly typed engine comes out, and no more. TensorRT builds for the GPU at han
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import re
+import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +57,45 @@ def backend() -> Backend:
     """TensorRT where a GPU's driver and the library are, TensorRT-RTX anywhere else."""
     here = DRIVER.exists() and importlib.util.find_spec(TENSORRT.module) is not None
     return TENSORRT if here else TENSORRT_RTX
+
+
+LIBRARIES = ("tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu12")
+"""Distributions that bring a builder, in the order in which one is asked for."""
+
+
+def signature() -> str:
+    """What of this host an engine depends on: driver, GPU and builder; empty without a GPU, where the lock says it all.
+
+    Nothing is imported or started on the GPU. A value that can't be found out is ``unknown``, so hosts that differ in what they
+    show have different signatures.
+    """
+    if not DRIVER.exists():
+        return ""
+    driver = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", DRIVER.read_text(errors="replace"))
+    return f"driver {driver[0] if driver else 'unknown'}, compute capability {_capability()}, {_library()}"
+
+
+def _capability() -> str:
+    """Compute capability of the host's GPUs, as ``nvidia-smi`` names it: ``9.0``; each kind once."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    try:
+        done = subprocess.run(
+            [tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return "+".join(sorted(set(re.findall(r"\d+\.\d+", done.stdout)))) or "unknown"
+
+
+def _library() -> str:
+    for name in LIBRARIES:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "no builder"
 
 
 def make(model: bytes, shape: tuple[int, ...], *, max_batch: int, capability: str) -> Engine:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from forja.recipes.base import Source
 
 if TYPE_CHECKING:
     from kafka import KafkaConsumer
+
+STILL_S = 30.0
+"""Seconds without a new record after which a reader that waits for one gives Kafka up; its client would wait for ever."""
+ASK_MS = 30_000
+"""Milliseconds that Kafka has to answer a question about offsets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +32,58 @@ class Sample:
 
 @contextmanager
 def reachable(bootstrap: str) -> Iterator[None]:
-    """Turn the client's ways to say that no broker answers into Unavailable."""
-    from kafka.errors import KafkaConnectionError, KafkaTimeoutError
+    """Turn the errors of Kafka's client into ours: BadInput for what trying again can't help, else Unavailable."""
+    from kafka import errors
 
+    useless = (
+        errors.UnsupportedCodecError, errors.AuthorizationError, errors.SaslAuthenticationFailedError, errors.InvalidTopicError,
+        errors.MessageSizeTooLargeError, errors.RecordListTooLargeError, errors.PolicyViolationError, errors.InvalidPartitionsError,
+        errors.InvalidReplicationFactorError, errors.InvalidConfigurationError, errors.UnsupportedVersionError,
+    )  # fmt: skip
     try:
         yield
-    except (KafkaTimeoutError, KafkaConnectionError) as error:
-        raise Unavailable("Kafka doesn't answer", value=bootstrap, do="./forja status, then ./forja up; or set FORJA_KAFKA") from error
+    except errors.OffsetOutOfRangeError as error:
+        raise Unavailable("Kafka deleted records while they were read", value=str(error), do="start it again") from error
+    except useless as error:
+        raise BadInput(
+            f"Kafka at {bootstrap} refuses, or its records can't be read", value=str(error), do="see the error's name"
+        ) from error
+    except errors.KafkaError as error:
+        do = "./forja status, then ./forja up; or set FORJA_KAFKA"
+        raise Unavailable(f"Kafka doesn't answer ({error})", value=bootstrap, do=do) from error
+
+
+def watch(bootstrap: str) -> Callable[[object], None]:
+    """A function to call with the position of a reader, again and again.
+
+    It raises Unavailable when that has been the same for ``STILL_S``: Kafka's client says nothing when brokers go away.
+    """
+    last: object = None
+    since = time.monotonic()
+
+    def moved(position: object) -> None:
+        nonlocal last, since
+        now = time.monotonic()
+        if position != last:
+            last, since = position, now
+        elif now - since > STILL_S:
+            do = "./forja status, then ./forja up; or set FORJA_KAFKA"
+            raise Unavailable(f"Kafka sent nothing for {STILL_S:g} s, and has more records", value=bootstrap, do=do)
+
+    return moved
+
+
+def poll(client: KafkaConsumer, timeout_ms: int, max_records: int | None = None) -> dict[Any, list[Any]]:
+    """The next records by partition; none when Kafka has sent none in time.
+
+    Raises:
+        BadInput: the name of a record's header is no UTF-8, which Kafka's client can't read past.
+    """
+    try:
+        return dict(client.poll(timeout_ms=timeout_ms, max_records=max_records))
+    except UnicodeDecodeError as error:
+        do = "correct the producer, delete the topic's records up to there (kafka-delete-records), and see the recipe's lost_offsets"
+        raise BadInput("a record has a header whose name is no UTF-8", value=error.object[:40], allowed="UTF-8", do=do) from error
 
 
 @contextmanager
@@ -49,7 +100,7 @@ def consumer(bootstrap: str, group: str | None = None) -> Iterator[KafkaConsumer
         try:
             yield client
         finally:
-            client.close(autocommit=False)
+            client.close(autocommit=False, timeout_ms=5_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,25 +149,32 @@ def ensure_topic(bootstrap: str, source: Source) -> Topic:
     return topic
 
 
-def keys_in(bootstrap: str, topic: Topic) -> set[str]:
-    """Keys of all records that the topic holds now."""
-    found: set[str] = set()
+def keys_in(bootstrap: str, topic: Topic) -> set[bytes]:
+    """Keys of all records that the topic holds now, as they are: producers needn't write text."""
+    found: set[bytes] = set()
     for records in read(bootstrap, topic):
-        found.update(r.key.decode(errors="replace") for r in records if r.key)
+        found.update(r.key for r in records if r.key is not None)
     return found
 
 
 def read(bootstrap: str, topic: Topic) -> Iterator[list[Any]]:
-    """All records that the topic holds now, in batches."""
+    """All records that the topic holds now, in batches.
+
+    Raises:
+        Unavailable: Kafka doesn't answer, at first or any more.
+    """
     from kafka import TopicPartition
 
     with consumer(bootstrap) as client:
         partitions = [TopicPartition(topic.name, p) for p in topic.partitions]
         client.assign(partitions)
-        ends = client.end_offsets(partitions)
-        client.seek_to_beginning(*partitions)
+        ends = client.end_offsets(partitions, timeout_ms=ASK_MS)
+        for partition, begin in client.beginning_offsets(partitions, timeout_ms=ASK_MS).items():
+            client.seek(partition, begin)
+        moved = watch(bootstrap)
         while any(client.position(p) < ends[p] for p in partitions):
-            yield from client.poll(timeout_ms=500).values()
+            yield from poll(client, timeout_ms=500).values()
+            moved([client.position(p) for p in partitions])
 
 
 def produce(bootstrap: str, source: Source, samples: Iterable[Sample]) -> tuple[int, int]:
@@ -137,12 +195,13 @@ def produce(bootstrap: str, source: Source, samples: Iterable[Sample]) -> tuple[
         try:
             futures = []
             for sample in samples:
-                if sample.key in known:
+                key = sample.key.encode()
+                if key in known:
                     skipped += 1
                     continue
-                known.add(sample.key)
+                known.add(key)
                 headers = [(source.label_header, sample.label.encode())]
-                futures.append(producer.send(source.topic, key=sample.key.encode(), value=sample.payload, headers=headers))
+                futures.append(producer.send(source.topic, key=key, value=sample.payload, headers=headers))
                 sent += 1
             producer.flush(timeout=120)
             for future in futures:

@@ -31,8 +31,14 @@ def plain(value: object) -> object:
     return value
 
 
-def stage_key(*, stage: str, recipe: str, variant: str, parts: object, inputs: Mapping[str, list[Input]], code: str) -> str:
-    """Key of a stage's work, 32 hex digits: depends on the inputs' content, not on where they lie."""
+def stage_key(
+    *, stage: str, recipe: str, variant: str, parts: object, inputs: Mapping[str, list[Input]], code: str, hardware: str = ""
+) -> str:
+    """Key of a stage's work, 32 hex digits: depends on the inputs' content, not on where they lie.
+
+    Args:
+        hardware: what ``engines.signature`` says of this machine, for a stage whose result depends on it.
+    """
     body = {
         "stage": stage,
         "recipe": recipe,
@@ -40,6 +46,7 @@ def stage_key(*, stage: str, recipe: str, variant: str, parts: object, inputs: M
         "parts": plain(parts),
         "inputs": {name: [i.digest for i in items] for name, items in inputs.items()},
         "code": code,
+        "hardware": hardware,
     }
     return sha256(canonical(body))[:32]
 

@@ -6,6 +6,7 @@ Objects are written once: ``create`` is create-if-absent on every backend.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forja.errors import BadInput, Damaged
+from forja.errors import BadInput, Damaged, Unavailable
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -55,26 +56,29 @@ class Lake:
         else:
             raise BadInput("FORJA_LAKE", value=url, allowed="a folder, file:///path or s3://bucket/prefix")
 
-    def create(self, path: str, data: bytes | Path) -> bool:
+    def create(self, path: str, data: bytes) -> bool:
         """Write an object unless it is there; True if this call wrote it."""
         from obstore.exceptions import AlreadyExistsError
 
-        try:
-            self._store.put(path, data, mode="create")
-        except AlreadyExistsError:
-            return False
+        with self._errors(path):
+            try:
+                self._store.put(path, data, mode="create")
+            except AlreadyExistsError:
+                return False
         return True
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write an object whether it is there or not: for heartbeats alone, which one writer owns."""
-        self._store.put(path, data)
+        """Write an object whether it is there or not: for heartbeats, which one writer owns, and for damaged content."""
+        with self._errors(path):
+            self._store.put(path, data)
 
     def get(self, path: str) -> bytes:
         """Bytes of an object; Damaged when it isn't there."""
-        try:
-            return bytes(self._store.get(path).bytes())
-        except FileNotFoundError:
-            raise Damaged(f"object in the lake {self.root}", value=path, do="check FORJA_LAKE and the path") from None
+        with self._errors(path):
+            try:
+                return bytes(self._store.get(path).bytes())
+            except FileNotFoundError:
+                raise Damaged(f"object in the lake {self.root}", value=path, do="check FORJA_LAKE and the path") from None
 
     def read(self, path: str, digest: str) -> bytes:
         """Bytes of an object whose SHA-256 must be ``digest``; Damaged otherwise."""
@@ -83,23 +87,46 @@ class Lake:
             raise Damaged(f"object {path}: SHA-256 is not the one in its receipt", value=sha256(data), allowed=digest)
         return data
 
+    def holds(self, path: str, digest: str) -> bool:
+        """Whether the object is there with this content."""
+        try:
+            return sha256(self.get(path)) == digest
+        except Damaged:
+            return False
+
     def size(self, path: str) -> int | None:
         """Bytes of an object, None when it isn't there."""
-        try:
-            return int(self._store.head(path)["size"])
-        except FileNotFoundError:
-            return None
+        with self._errors(path):
+            try:
+                return int(self._store.head(path)["size"])
+            except FileNotFoundError:
+                return None
 
     def list(self, prefix: str) -> Iterator[str]:
         """Paths below ``prefix``, sorted."""
-        yield from sorted(str(entry["path"]) for page in self._store.list(prefix) for entry in page)
+        with self._errors(prefix):
+            found = sorted(str(entry["path"]) for page in self._store.list(prefix) for entry in page)
+        yield from found
 
     def delete(self, path: str) -> None:
         """Remove an object; no error when it is gone already."""
-        try:
+        with self._errors(path), contextlib.suppress(FileNotFoundError):
             self._store.delete(path)
-        except FileNotFoundError:
-            return
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Turn the store's errors into Forja's."""
+        from obstore import exceptions
+
+        try:
+            yield
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            do = f"check the credentials: {', '.join(S3_OPTIONS)}"
+            raise BadInput(f"the lake {self.root} refuses {path}", value=str(error)[:300], do=do) from error
+        except (exceptions.InvalidPathError, ValueError) as error:
+            raise BadInput("path in the lake", value=path, allowed="names with / between them, no . or ..") from error
+        except (exceptions.BaseError, OSError) as error:
+            raise Unavailable(f"the lake {self.root} doesn't answer", value=str(error)[:300], do="check FORJA_LAKE; try again") from error
 
     def uri(self, path: str) -> str:
         """Address of a path for other tools."""
@@ -118,8 +145,10 @@ class Lake:
             return DeltaTable(self.uri(path), version=version, storage_options=self.options or None)
         except TableNotFoundError:
             raise BadInput("table in the lake", value=path, do="ingest the recipe's events first") from None
-        except (DeltaError, OSError) as error:
+        except DeltaError as error:
             raise BadInput(f"version of table {path}", value=version, allowed=f"a version that exists ({error})") from error
+        except OSError as error:
+            raise Unavailable(f"the lake {self.root} doesn't answer", value=str(error)[:300], do="check FORJA_LAKE; try again") from error
 
 
 def sha256(data: bytes) -> str:
@@ -141,12 +170,19 @@ def split_table_ref(ref: str) -> tuple[str, int]:
 
 
 def table_digest(lake: Lake, ref: str) -> str:
-    """SHA-256 over the row content (key, label, payload digest, error) of a table version, whatever the order of rows."""
+    """SHA-256 over what transform reads of a table version, whatever the order of rows.
+
+    That is the content of each row (key, label, payload digest, error) and, for a row without error, its rank among its
+    key's by (time, partition, offset, topic id), since the newest one counts. The numbers themselves say nothing.
+    """
     from deltalake import QueryBuilder
 
     path, version = split_table_ref(ref)
     query = QueryBuilder().register("raw", lake.table(path, version))
     # Delta's own engine: pyarrow's reader would import pandas, half a second in every task.
-    found = query.execute("select key, label, sha256, error from raw").read_all()
-    rows = sorted(zip(*(found.column(i).to_pylist() for i in range(4)), strict=True), key=str)
+    found = query.execute(
+        """select "key", "label", "sha256", "error", case when "error" is null then cast(row_number() over (
+        partition by "key", "error" is null order by "time", "partition", "offset", "topic_id") as bigint) else 0 end from raw"""
+    ).read_all()
+    rows = sorted(zip(*(found.column(i).to_pylist() for i in range(5)), strict=True), key=str)
     return sha256(canonical(rows))

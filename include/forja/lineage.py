@@ -33,7 +33,7 @@ def of_release(lake: Lake, release: Receipt) -> Lineage:
     """Everything behind a release receipt."""
     gate = receipts.load(lake, release.inputs["gate"][0].ref)
     optimize = [receipts.load(lake, item.ref) for item in gate.inputs["optimize"]]
-    model = receipts.load(lake, optimize[0].inputs["model"][0].ref)
+    model = receipts.load(lake, release.inputs["model"][0].ref)
     training = receipts.load(lake, model.inputs["training"][0].ref)
     dataset = receipts.load(lake, training.inputs["dataset"][0].ref)
     return Lineage(gate=gate, optimize=optimize, model=model, training=training, dataset=dataset, raw=dataset.inputs["raw"][0].ref)

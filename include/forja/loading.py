@@ -5,12 +5,12 @@ Without a GPU DALI runs on the CPU (``device_id=None``); with one, images are de
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forja import decoder
 from forja.errors import BadInput
 from forja.receipts import Receipt
 from forja.recipes.base import Images, Table
@@ -58,68 +58,46 @@ def fetch(work: Work, receipt: Receipt, split: str) -> Shards:
     return Shards(paths=paths[: len(names)], indexes=paths[len(names) :])
 
 
-def arrays(work: Work, receipt: Receipt, dataset: Images | Table, split: str, limit: int | None = None) -> Arrays:
-    """A split of a dataset, or its first ``limit`` samples, in the order of the shards (that of the keys' hashes)."""
+def arrays(work: Work, receipt: Receipt, dataset: Images | Table, split: str) -> Arrays:
+    """A split of a dataset, in the order of the shards (that of the keys' hashes)."""
     import numpy as np
 
     keys = json.loads(work.load(receipt, "keys.json"))[split]
-    count = len(keys) if limit is None else min(limit, len(keys))
-    pipe = _Pipelines().shards(dataset, fetch(work, receipt, split), batch_size=min(CHUNK, count), threads=2)
+    count = len(keys)
+    pipe = Pipelines().shards(dataset, fetch(work, receipt, split), batch_size=min(CHUNK, count), threads=2)
     inputs, labels = [], []
     for _ in range(0, count, CHUNK):
         batch, numbers = pipe.run()
         inputs.append(batch.as_array())
         labels.append(numbers.as_array()[:, 0])
-    return Arrays(
-        inputs=np.concatenate(inputs)[:count].astype("float32"), labels=np.concatenate(labels)[:count].astype("int64"), keys=keys[:count]
-    )
+    # The last batch is filled up with repetitions.
+    return Arrays(inputs=np.concatenate(inputs)[:count].astype("float32"), labels=np.concatenate(labels)[:count].astype("int64"), keys=keys)
 
 
 def decode(payloads: Sequence[bytes], dataset: Images) -> Iterator[np.ndarray[Any, Any] | None]:
     """Images as the model wants them, float32 [C, H, W] of grey levels 0 to 255; None for one that doesn't decode.
 
-    DALI fails a whole batch for one bad image, and a broken header in a batch of 32 or more has crashed its process
-    (2.2, on a CPU). So it only gets what Pillow reads and what ends as it must; a batch that fails all the same is
-    decoded again one by one.
+    DALI (2.2, on a CPU) has crashed its process for a broken JPEG among good images, so a process of its own decodes
+    them all, and what crashes it counts as an image that doesn't decode.
     """
-    pipelines = _Pipelines()
-    for start in range(0, len(payloads), CHUNK):
-        chunk = payloads[start : start + CHUNK]
-        fine = [complete(p) and readable(p) for p in chunk]
-        good = [p for p, ok in zip(chunk, fine, strict=True) if ok]
-        try:
-            found: Iterator[np.ndarray[Any, Any] | None] = iter(pipelines.raw(dataset, good))
-        except RuntimeError:
-            found = iter([_single(pipelines, dataset, p) for p in good])
-        for ok in fine:
-            yield next(found) if ok else None
+    with decoder.Decoder(dataset.shape) as child:
+        for start in range(0, len(payloads), decoder.CHUNK):
+            yield from _survivors(child, payloads[start : start + decoder.CHUNK])
 
 
-def readable(payload: bytes) -> bool:
-    """Whether Pillow decodes the bytes."""
-    from PIL import Image
-
-    try:
-        Image.open(io.BytesIO(payload)).load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-    return True
-
-
-def complete(payload: bytes) -> bool:
-    """Whether the bytes end as a PNG (IEND chunk) or a JPEG (EOI marker) must; trailing zeros are padding."""
-    data = payload.rstrip(b"\0")
-    return payload.endswith(b"IEND\xaeB`\x82") or (payload.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9"))
+def _survivors(child: decoder.Decoder, chunk: Sequence[bytes]) -> list[Any]:
+    """A chunk's images; when it crashes the process, one by one."""
+    found: list[Any] | None = child.ask(chunk)
+    if found is None:
+        found = [(child.ask([payload]) or [None])[0] for payload in chunk]
+        good = [p for p, image in zip(chunk, found, strict=True) if image is not None]
+        if good and child.ask(good) is None:
+            # They crash in company alone, as they would in training; there is no telling which one it is.
+            return [None] * len(chunk)
+    return found
 
 
-def _single(pipelines: _Pipelines, dataset: Images, payload: bytes) -> np.ndarray[Any, Any] | None:
-    try:
-        return next(iter(pipelines.raw(dataset, [payload])))
-    except RuntimeError:
-        return None
-
-
-class _Pipelines:
+class Pipelines:
     """DALI's pipelines; a class only so that DALI is imported when the first one is built."""
 
     def __init__(self) -> None:
@@ -127,27 +105,21 @@ class _Pipelines:
 
         self.fn, self.types, self.pipeline_def = fn, types, pipeline_def
 
-    def image(self, raw: Any, dataset: Images, device: str) -> Any:
-        """Encoded bytes to float32 [C, H, W]."""
-        kind = self.types.GRAY if dataset.channels == 1 else self.types.RGB
+    def image(self, raw: Any, shape: tuple[int, ...], device: str) -> Any:
+        """Encoded bytes to float32 of ``shape`` (channels, height, width)."""
+        kind = self.types.GRAY if shape[0] == 1 else self.types.RGB
         pixels = self.fn.decoders.image(raw, device=device, output_type=kind)
-        pixels = self.fn.resize(pixels, size=[dataset.height, dataset.width], antialias=True)
+        pixels = self.fn.resize(pixels, size=list(shape[1:]), antialias=True)
         return self.fn.crop_mirror_normalize(pixels, dtype=self.types.FLOAT, output_layout="CHW")
 
-    def raw(self, dataset: Images, payloads: Sequence[bytes]) -> list[np.ndarray[Any, Any]]:
-        """Decode bytes in memory; RuntimeError when one of them doesn't decode."""
-        import numpy as np
-
-        if not payloads:
-            return []
+    def memory(self, shape: tuple[int, ...], batch_size: int) -> Any:
+        """A pipeline over bytes in memory, ``run(raw=[...])`` with up to ``batch_size`` of them; one output [N, *shape] float32."""
 
         @self.pipeline_def  # type: ignore[untyped-decorator]
         def graph() -> Any:
-            return self.image(self.fn.external_source(name="raw", batch=True, dtype=self.types.UINT8, ndim=1), dataset, "cpu")
+            return self.image(self.fn.external_source(name="raw", batch=True, dtype=self.types.UINT8, ndim=1), shape, "cpu")
 
-        pipe = graph(batch_size=len(payloads), num_threads=2, device_id=None, prefetch_queue_depth=1)
-        (images,) = pipe.run(raw=[np.frombuffer(p, np.uint8) for p in payloads])
-        return list(images.as_array())
+        return graph(batch_size=batch_size, num_threads=2, device_id=None, prefetch_queue_depth=1)
 
     def shards(
         self, dataset: Images | Table, shards: Shards, *, batch_size: int, threads: int, rank: int = 0, world: int = 1,
@@ -165,7 +137,7 @@ class _Pipelines:
                 shard_id=rank, num_shards=world, random_shuffle=shuffle, initial_fill=4096, pad_last_batch=True, seed=seed, name="reader",
             )  # fmt: skip
             if isinstance(dataset, Images):
-                payload = self.image(payload, dataset, "mixed" if gpu else "cpu")
+                payload = self.image(payload, dataset.shape, "mixed" if gpu else "cpu")
             elif gpu:
                 payload = payload.gpu()
             return payload, label
@@ -184,7 +156,7 @@ def training_batches(
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    pipe = _Pipelines().shards(
+    pipe = Pipelines().shards(
         dataset, shards, batch_size=batch_size, threads=1, rank=rank, world=world, shuffle=shuffle, seed=seed, device_id=device_id
     )
     policy = LastBatchPolicy.DROP if shuffle else LastBatchPolicy.PARTIAL

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+KINDS = [*WEIGHTED, "Add"]
+"""Operators that become int8."""
+
+OPTIONS = {
+    "ActivationSymmetric": True,
+    "WeightSymmetric": True,
+    "QuantizeBias": False,
+    "AddQDQPairToWeight": True,
+    "DedicatedQDQPair": False,
+    "ForceQuantizeNoInputCheck": True,
+    "QDQDisableWeightAdjustForInt32Bias": True,
+    "QDQOpTypePerChannelSupportToAxis": {"Conv": 0, "MatMul": 1},
+    "OpTypesToExcludeOutputQuantization": KINDS,
+}
+"""Those of NVIDIA's ModelOpt for TensorRT, which refuses non-zero zero points and int32 biases behind a DequantizeLinear
+(onnxruntime's defaults write both)."""
+
 CALIBRATION_BATCH = 64
 """Samples in one calibration run; it bounds memory and doesn't change the ranges."""
 
@@ -54,9 +71,6 @@ def fp16(model: bytes) -> bytes:
 def int8(model: bytes, samples: NDArray[np.float32], scratch: Path) -> bytes:
     """The model with symmetric int8 Q/DQ pairs: per channel at weights, per tensor at activations, biases left alone.
 
-    The options are those of NVIDIA's ModelOpt for TensorRT, which refuses non-zero zero points and int32 biases behind a
-    DequantizeLinear (onnxruntime's defaults write both).
-
     Args:
         model: float32 ONNX with one input.
         samples: float32 [N, *shape] of raw inputs; their ranges set the scales (min-max).
@@ -67,11 +81,13 @@ def int8(model: bytes, samples: NDArray[np.float32], scratch: Path) -> bytes:
     """
     import onnx
     from onnxruntime import quantization
+    from onnxruntime.quantization import quant_utils
 
     source = onnx.shape_inference.infer_shapes(onnx.load_from_string(model))
     named(source)
+    # Shapes are inferred and batch norm is folded already: said here, or the quantizer advises it on every run.
+    quant_utils.add_pre_process_metadata(source)
     target = scratch / "int8.onnx"
-    kinds = [*WEIGHTED, "Add"]
     quantization.quantize_static(
         source,
         str(target),
@@ -81,19 +97,9 @@ def int8(model: bytes, samples: NDArray[np.float32], scratch: Path) -> bytes:
         weight_type=quantization.QuantType.QInt8,
         calibrate_method=quantization.CalibrationMethod.MinMax,
         per_channel=True,
-        op_types_to_quantize=kinds,
+        op_types_to_quantize=KINDS,
         nodes_to_quantize=_quantizable(source.graph),
-        extra_options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,
-            "AddQDQPairToWeight": True,
-            "DedicatedQDQPair": False,
-            "ForceQuantizeNoInputCheck": True,
-            "QDQDisableWeightAdjustForInt32Bias": True,
-            "QDQOpTypePerChannelSupportToAxis": {"Conv": 0, "MatMul": 1},
-            "OpTypesToExcludeOutputQuantization": kinds,
-        },
+        extra_options=OPTIONS,
     )
     quantized = onnx.load(target)
     _fuse_residuals(quantized.graph)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from forja.errors import BadInput
 from forja.events import Sample
 from forja.recipes.base import CsvSamples, Recipe, SklearnDigits, Table
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 
 def samples(recipe: Recipe, data: Path | None) -> Iterator[Sample]:
@@ -20,7 +26,8 @@ def samples(recipe: Recipe, data: Path | None) -> Iterator[Sample]:
         data: file with the samples, for recipes that need one.
 
     Raises:
-        BadInput: a file is needed and none is given, it doesn't exist, or it lacks a column.
+        BadInput: a file is needed and none is given, it doesn't exist, or it lacks a column; later, with file and
+            line number, a row that can't be read.
     """
     kind = recipe.source.samples
     if isinstance(kind, SklearnDigits):
@@ -47,24 +54,80 @@ def _digits() -> Iterator[Sample]:
 
 
 def _csv(recipe: Recipe, kind: CsvSamples, path: Path) -> Iterator[Sample]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        wanted = [kind.key, kind.label]
-        if isinstance(recipe.dataset, Table):
-            wanted += [c.name for c in recipe.dataset.columns]
-        missing = [name for name in wanted if name not in (reader.fieldnames or [])]
-        if missing:
-            raise BadInput(f"columns of {path}", value=reader.fieldnames, allowed=f"all of {wanted}", do=f"add {missing}")
-        for row in reader:
-            payload = {k: number(v) for k, v in row.items() if k not in (kind.key, kind.label)}
+    categories = [c.name for c in recipe.dataset.columns if c.values] if isinstance(recipe.dataset, Table) else []
+    columns = [c.name for c in recipe.dataset.columns] if isinstance(recipe.dataset, Table) else []
+
+    def found() -> Iterator[Sample]:
+        for line, row in rows(path, [kind.key, kind.label, *columns]):
+            if not row[kind.key].strip():
+                raise BadInput(f"{path}, line {line}: column {kind.key}", value=row[kind.key], allowed="a key")
+            payload = cells({k: v for k, v in row.items() if k not in (kind.key, kind.label)}, categories)
             yield Sample(key=row[kind.key], label=row[kind.label], payload=json.dumps(payload, ensure_ascii=False).encode())
+
+    header(path, [kind.key, kind.label, *columns])  # before anything is created for it
+    return found()
+
+
+def header(path: Path, wanted: Sequence[str]) -> list[str]:
+    """Columns of a CSV file; BadInput unless it has each of ``wanted`` once."""
+    with _open(path) as file:
+        return _header(path, csv.reader(_lines(path, file), strict=True), wanted)
+
+
+def rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV file in UTF-8 with commas, each with the number of its last line.
+
+    Raises:
+        BadInput: the file can't be opened, lacks a column of ``wanted`` or has it twice; or, with the line number, bytes
+            that are no UTF-8, broken quotes, a field over 128 KiB, or a row that is longer or shorter than the header.
+    """
+    with _open(path) as file:
+        reader = csv.reader(_lines(path, file), strict=True)
+        names = _header(path, reader, wanted)
+        while (row := _next(path, reader)) is not None:
+            if row and len(row) != len(names):
+                raise BadInput(f"{path}, line {reader.line_num}", value=f"{len(row)} fields", allowed=f"{len(names)}, as in the header")
+            if row:
+                yield reader.line_num, dict(zip(names, row, strict=True))
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BadInput(f"file {path}", value=str(error), allowed="a CSV file that can be read") from error
+
+
+def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}, line {number}", value=line[error.start : error.end], allowed="UTF-8", do="save it as UTF-8") from error
+
+
+def _header(path: Path, reader: Reader, wanted: Sequence[str]) -> list[str]:
+    names = _next(path, reader) or []
+    wrong = [name for name in dict.fromkeys(wanted) if names.count(name) != 1]
+    if wrong:
+        raise BadInput(f"columns of {path}", value=names, allowed=f"all of {list(wanted)}, each once", do=f"correct {wrong}")
+    return names
+
+
+def _next(path: Path, reader: Reader) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except (csv.Error, OSError) as error:
+        raise BadInput(f"{path}, line {reader.line_num}", value=str(error), allowed="CSV with commas, fields of 128 KiB at most") from error
+
+
+def cells(row: dict[str, str], categories: Sequence[str]) -> dict[str, float | int | str]:
+    """Cells as JSON values: numbers where they are numbers, but always text in ``categories``."""
+    return {name: text if name in categories else number(text) for name, text in row.items()}
 
 
 def number(text: str) -> float | int | str:
-    """A CSV cell as the number that it is, else as text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except (TypeError, ValueError):
-            continue
-    return text
+    """A CSV cell as the finite number that it is, else as text."""
+    if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", text, re.ASCII) or not math.isfinite(float(text)):
+        return text
+    return int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text, re.ASCII) else float(text)

@@ -1,11 +1,17 @@
-"""Tables: JSON rows to checked features, in Polars. The same code serves training and the clients of served models."""
+"""Tables: JSON rows to checked features, in Polars. The same code serves training and the clients of served models.
+
+``json_value`` is the one reader of JSON from outside, for ingest, transform and the clients: what one of them accepts,
+the others can use. Polars' own reader refuses a whole file for one bad line, and a deeply nested one has crashed it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from forja.recipes.base import Column, Table
 
@@ -19,14 +25,55 @@ def engine() -> Literal["gpu", "streaming"]:
     return "gpu" if gpu else "streaming"
 
 
+def json_value(payload: bytes) -> tuple[Any, str | None]:
+    """JSON (RFC 8259: UTF-8, finite numbers, no byte order mark) and None, or None and the problem; never raises.
+
+    All numbers are floats.
+    """
+    try:
+        return json.loads(payload.decode(), parse_float=_finite, parse_int=_finite, parse_constant=_finite), None
+    except OverflowError:
+        return None, "JSON, but a number is not finite"
+    except RecursionError:
+        return None, "JSON, but nested too deeply"
+    except Exception:  # json names one reason, ValueError, and what a stranger sends may find others
+        return None, "no JSON"
+
+
+def json_object(payload: bytes) -> tuple[dict[str, Any], str | None]:
+    """As ``json_value``, for an object; empty when there is a problem."""
+    value, problem = json_value(payload)
+    if isinstance(value, dict):
+        return value, None
+    return {}, problem or "JSON, but no object"
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise OverflowError(text[:20])
+    return number
+
+
 def parse(payloads: Sequence[bytes], table: Table) -> pl.DataFrame:
-    """JSON objects to the declared columns; what is missing or of another type becomes null."""
+    """JSON objects to the declared columns, one row each; what is missing or of another type becomes null.
+
+    Types are strict: a category is a string, a number is a number. Bytes that hold no JSON object give a row of nulls.
+    """
     import polars as pl
 
-    schema = {c.name: pl.String if c.values else pl.Float64 for c in table.columns}
-    # A line break inside a JSON object is white space: one line for each row is what the reader wants.
-    lines = b"\n".join(p.replace(b"\n", b" ").replace(b"\r", b" ") for p in payloads)
-    return pl.read_ndjson(lines, schema=schema, ignore_errors=True)
+    rows = [json_object(p)[0] for p in payloads]
+    return pl.DataFrame({
+        c.name: pl.Series([_cell(row.get(c.name), str if c.values else float) for row in rows], dtype=pl.String if c.values else pl.Float64)
+        for c in table.columns
+    })  # fmt: skip
+
+
+def _cell(value: object, kind: type) -> object:
+    if not isinstance(value, kind):
+        return None
+    # JSON can escape half a surrogate pair, which is no text for Polars.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def features(frame: pl.DataFrame, table: Table) -> pl.DataFrame:

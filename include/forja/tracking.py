@@ -1,16 +1,15 @@
 """MLflow runs: metrics while they come, and a full series even if MLflow was away.
 
-A point is (step, name, value, time) with the time at which it was measured, so sending it twice changes nothing: MLflow
-stores equal points once. What a run that ended couldn't send, ``register`` sends from the history in the lake.
+A point is a metric's value at a step, and a step is sent once: a retry that does an epoch again leaves the point of the
+first try. What a run that ended couldn't send, ``register`` sends from the history in the lake.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,8 @@ def client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Without this a model carries this project's own lock files along.
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    # Its import sets the level again, from this variable.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -79,7 +79,8 @@ def _create_experiment(mlflow: MlflowClient, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(mlflow.create_experiment(name))
+        # Without this tag its pages open on an empty view of chat traces instead of the training runs.
+        return str(mlflow.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
     except MlflowException:
         found = mlflow.get_experiment_by_name(name)  # somebody else was faster
         if found is None:
@@ -87,11 +88,22 @@ def _create_experiment(mlflow: MlflowClient, name: str) -> str:
         return str(found.experiment_id)
 
 
-def send(mlflow: MlflowClient, run: str, points: Iterable[Mapping[str, Any]]) -> None:
-    """Send points of a history: ``{"step": 1, "time": 1700000000.0, "metrics": {"loss": 0.3}}``."""
+def taken(mlflow: MlflowClient, run: str) -> set[tuple[str, int]]:
+    """Metric and step of every point that a run has."""
+    names = mlflow.get_run(run).data.metrics
+    return {(name, int(point.step)) for name in names for point in mlflow.get_metric_history(run, name)}
+
+
+def send(mlflow: MlflowClient, run: str, points: Iterable[Mapping[str, Any]], have: Collection[tuple[str, int]]) -> None:
+    """Send the points of a history that the run doesn't ``have``: ``{"step": 1, "time": 1700000000.0, "metrics": {"loss": 0.3}}``."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(name, float(value), int(p["time"] * 1000), int(p["step"])) for p in points for name, value in p["metrics"].items()]
+    metrics = [
+        Metric(name, float(value), int(p["time"] * 1000), int(p["step"]))
+        for p in points
+        for name, value in p["metrics"].items()
+        if (name, int(p["step"])) not in have
+    ]
     for start in range(0, len(metrics), 500):
         mlflow.log_batch(run, metrics=metrics[start : start + 500])
 
@@ -132,7 +144,7 @@ class RunLog:
         return self.run, len(self._points) - self._sent
 
     def _work(self) -> None:
-        mlflow = None
+        mlflow, have = None, set[tuple[str, int]]()
         while not self._stop.is_set():
             try:
                 mlflow = mlflow or client(self.uri)
@@ -140,9 +152,11 @@ class RunLog:
                     run = run_for(mlflow, self.experiment, self.key, self.name, self.tags)
                     for name, value in self.params.items():
                         mlflow.log_param(run, name, value)
+                    # Epochs after the last checkpoint are done twice; the first try sent them already.
+                    have = taken(mlflow, run)
                     self.run = run
                 points = self._points[self._sent :]
-                send(mlflow, self.run, points)
+                send(mlflow, self.run, points, have)
                 self._sent += len(points)
             except Exception as error:
                 print(f"MLflow at {self.uri} doesn't take metrics now, training goes on: {type(error).__name__}", flush=True)

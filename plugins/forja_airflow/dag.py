@@ -11,6 +11,7 @@ from airflow.sdk import Asset, AssetWatcher, BaseOperator, Param
 from forja.profiles import load_site
 from forja.recipes.base import Recipe
 from forja.settings import Settings
+from forja.stages import ingest
 from forja_airflow import runbook
 from forja_airflow.operators import AdmitOperator, StageOperator
 from forja_airflow.trigger import Doorbell
@@ -32,12 +33,13 @@ def settings(recipe: Recipe, *, doc_md: str | None) -> dict[str, Any]:
 
 def raw_asset(recipe: Recipe) -> Asset:
     """The raw table; each event names a version of it."""
-    return Asset(name=f"{recipe.name}_raw", uri=f"forja://{recipe.team}/{recipe.name}/raw", group=recipe.team)
+    return Asset(name=f"{recipe.name}_raw", uri=f"forja://{ingest.table_path(recipe.team, recipe.name)}", group=recipe.team)
 
 
 def doorbell(recipe: Recipe) -> Asset:
     """What rings when Kafka holds records that ingest has not read."""
-    watcher = AssetWatcher(name=f"{recipe.name}_doorbell", trigger=Doorbell(topic=recipe.source.topic, group=f"forja-{recipe.name}"))
+    trigger = Doorbell(topic=recipe.source.topic, group=ingest.group(recipe.name))
+    watcher = AssetWatcher(name=f"{recipe.name}_doorbell", trigger=trigger)
     return Asset(name=f"{recipe.name}_events", uri=f"forja-events://{recipe.source.topic}", group=recipe.team, watchers=[watcher])
 
 
@@ -53,7 +55,7 @@ def schedule(recipe: Recipe) -> Any:
 
 def params(recipe: Recipe) -> dict[str, Param]:
     """The form that a person sees who starts the DAG."""
-    table = f"{recipe.team}/{recipe.name}/raw"
+    table = ingest.table_path(recipe.team, recipe.name)
     return {
         "raw": Param(
             None, type=["null", "string"], title="Version of the raw table", pattern=f"^{table}@[0-9]+$",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from forja import admission, envs, recipes
+from forja import admission, envs, errors, recipes
 from forja.profiles import load_site
 from forja_airflow import runs
 from forja_airflow.links import LINKS
@@ -20,8 +20,10 @@ from forja_airflow.process import Process
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-ERROR = re.compile(r"^(?:[A-Za-z_.]*\.)?[A-Z]\w*(?:Error|Exception|Input|Refused|Conflict|Unavailable|Damaged)?: ")
-"""A line that tells what went wrong, as Python and forja.stages print it."""
+ERROR = re.compile(
+    rf"(?:[\w.]+\.)?(?:\w*Error|\w*Exception|KeyboardInterrupt|{'|'.join(kind.__name__ for kind in errors.BY_EXIT_CODE.values())})(?:: |$)"
+)
+"""Beginning of a line that tells what went wrong, as Python and forja.stages print it."""
 
 log = runs.log
 
@@ -62,27 +64,32 @@ class StageOperator(BaseOperator):
         profile = load_site(run.settings.site).profile(getattr(recipes.load(self.recipe).profiles, self.verb))
         with runs.airflow_errors():
             python = envs.python(run.prepared.stage.environment, run.settings)
-        said = error = ""
+        said = reason = ""
         process = self._process = Process([str(python), "-m", "forja.stages", *runs.arguments(run)], runs.process_env(run, profile))
         try:
             for line in process.lines():
                 log.info("%s", line)
                 if line.startswith("receipt "):
                     said = line.removeprefix("receipt ").strip()
-                error = line if ERROR.match(line) or not ERROR.match(error) else error
+                reason = why(reason, line)
             code = process.wait()
         finally:
             process.stop()
         if code:
-            path = f"{run.prepared.folder}/receipt.json"
-            self.receipt = path if run.lake.size(path) is not None else ""
-            raise runs.failure(code, error)
+            # That of a gate that refused: it is evidence.
+            self.receipt = runs.newest(run) if run.prepared.stage.repeat == "memoised" else ""
+            raise runs.failure(code, reason)
         return said
 
     def on_kill(self) -> None:
         """End the stage with all that it started."""
         if self._process is not None:
             self._process.stop()
+
+
+def why(reason: str, line: str) -> str:
+    """What a stage's failure is put down to after one more line: its last error, or its last line while it has told none."""
+    return line if ERROR.match(line) or not ERROR.match(reason) else reason
 
 
 class AdmitOperator(BaseOperator):

@@ -50,7 +50,7 @@ AllowedDep = Annotated[Receipt, Depends(allowed)]
 @app.get("/receipts/{path:path}")
 def show(receipt: AllowedDep) -> Response:
     """The page."""
-    return Response(receipt_html.page(receipt), media_type="text/html; charset=utf-8", headers=HEADERS)
+    return Response(receipt_html.page(receipt, Settings.from_env().mlflow), media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
 @app.get("/json/{path:path}")

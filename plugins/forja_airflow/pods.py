@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import models as k8s  # type: ignore[import-untyped]
 
+from forja.errors import BadInput
 from forja.profiles import Profile
 from forja_airflow import runs
 from forja_airflow.links import LINKS
@@ -27,12 +28,18 @@ SCRATCH_GIB = 50
 SAID = "/dev/termination-log"
 """File in which the stage names its receipt; the kubelet puts it into the pod's status, so no sidecar and no log is read."""
 
+ONE_MACHINE = ("release",)
+"""Stages that need the services of one machine; a pod has none of them."""
+
 USER = 10001
 """User and group of the image's processes."""
 
 
 class PodStageOperator(KubernetesPodOperator):
-    """Runs one stage as a pod, or adopts what is there without one. See StageOperator for arguments and result."""
+    """Runs one stage as a pod, or adopts what is there without one. See StageOperator for arguments and result.
+
+    Receipts are how a pod's work becomes known, so pod and task must use one lake: see ``agree``.
+    """
 
     template_fields: Sequence[str] = ("inputs", "variant")
     operator_extra_links: Collection[Any] = LINKS
@@ -45,13 +52,41 @@ class PodStageOperator(KubernetesPodOperator):
 
     def execute(self, context: Context) -> str | None:
         """Adopt the receipt that is there, or start the pod and give the slot back until it has ended."""
+        if self.verb in ONE_MACHINE:
+            raise AirflowFailException(
+                f"{self.verb} in a pod: the router and the slots that it moves are processes of one machine; routing in a cluster comes "
+                f'with the Gateway API router; to do: until then end at the gate, or give the profile of {self.verb} runner = "local" '
+                "where Airflow runs beside Envoy and Triton"
+            )
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
+        self.agree(run.settings.lake)
         # Whether a result made on other hardware counts is known only on the node.
         if run.prepared.receipt is not None and not run.prepared.stage.hardware:
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
         self.arm(runs.arguments(run), run.prepared.key)
         super().execute(context)
         return None
+
+    def agree(self, lake: str) -> None:
+        """Have the pod use this task's lake, which its site file may name too, but no other.
+
+        Raises:
+            AirflowFailException: the site file names another one, or a pod can't reach the task's.
+        """
+        env = cast("dict[str, str]", self.env_vars)  # as pod() gives them
+        there = env.get("FORJA_LAKE") or lake
+        with runs.airflow_errors():
+            if there.rstrip("/") != lake.rstrip("/"):
+                raise BadInput(
+                    "FORJA_LAKE of the pods", value=there, allowed=f"{lake}, that of this task",
+                    do="name one lake in the site file and in the connection forja_lake",
+                )  # fmt: skip
+            if not lake.startswith("s3://"):
+                raise BadInput(
+                    "lake for stages in pods", value=lake, allowed="s3://bucket/prefix, which pods and Airflow reach",
+                    do="set it in the connection forja_lake",
+                )  # fmt: skip
+        self.env_vars = {**env, "FORJA_LAKE": lake}
 
     def arm(self, arguments: list[str], key: str) -> None:
         """Give the pod its stage's arguments and the label that finds it by its work's key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,8 +45,6 @@ class Run:
     refs: Mapping[str, list[str]]
     variant: str
     prepared: harness.Prepared
-    before: frozenset[str]
-    """Receipts of this very work that were there before the try."""
 
 
 def environment() -> dict[str, str]:
@@ -78,8 +77,7 @@ def begin(verb: str, recipe: str, inputs: Mapping[str, Any], variant: str) -> Ru
         store, settings = lake()
         refs = {name: references(value) for name, value in inputs.items()}
         prepared = harness.prepare(store, verb, recipes.load(recipe), refs, variant)
-        before = frozenset() if prepared.receipt else frozenset(_receipts(store, prepared.folder))
-    return Run(lake=store, settings=settings, env=dict(os.environ), refs=refs, variant=variant, prepared=prepared, before=before)
+    return Run(lake=store, settings=settings, env=dict(os.environ), refs=refs, variant=variant, prepared=prepared)
 
 
 def references(value: Any) -> list[str]:
@@ -112,22 +110,28 @@ def process_env(run: Run, profile: Profile) -> dict[str, str]:
 
 
 def last(run: Run, said: str = "") -> Receipt:
-    """The receipt that the stage left; its name is known from the key, or, of a numbered one, from what the stage ``said``.
+    """The receipt that the stage left: the one that it ``said``, else the newest of this very work.
 
     Raises:
         AirflowException: the stage ended well and left none.
     """
     folder = run.prepared.folder
-    there = _receipts(run.lake, folder)
-    path = said if said in there else (there[-1] if there else "")
+    # Only the host that did it knows the key of work that depends on a GPU: its folder is beside the one that was reckoned here.
+    mine = folder.rpartition("/")[0] if run.prepared.stage.hardware else folder
+    path = said if said.startswith(f"{mine}/") else newest(run)
     if not path:
         raise AirflowException(f"the stage ended well but left no receipt in {folder}; to do: clear this task")
     with airflow_errors():
         return receipts.load(run.lake, path)
 
 
-def _receipts(store: Lake, folder: str) -> list[str]:
-    return [p for p in store.list(folder) if p.rpartition("/")[2].startswith("receipt") and p.endswith(".json")]
+def newest(run: Run) -> str:
+    """Path of the newest receipt of this very work, empty when there is none."""
+    folder = run.prepared.folder
+    if run.prepared.stage.repeat == "reconciled":
+        return next(reversed(harness.numbered(run.lake, folder)), "")
+    path = f"{folder}/receipt.json"
+    return path if run.lake.size(path) is not None else ""
 
 
 def settle(operator: Any, run: Run, receipt: Receipt, context: Context, *, spawned: float | None = None, ended: float | None = None) -> str:
@@ -147,7 +151,8 @@ def settle(operator: Any, run: Run, receipt: Receipt, context: Context, *, spawn
         for line in receipt.report:
             log.info("  %s", line)
     context["ti"].xcom_push("facts", {
-        "adopted": spawned is None or receipt.path in run.before, "seconds": receipt.seconds, "spawned": spawned, "ended": ended,
+        "receipt": receipt.path, "adopted": spawned is None or _moment(receipt.finished) < spawned, "seconds": receipt.seconds,
+        "spawned": spawned, "ended": ended,
         "metrics": receipt.metrics, "report": receipt.report, "mlflow": operator.mlflow,
     })  # fmt: skip
     with airflow_errors():
@@ -155,6 +160,10 @@ def settle(operator: Any, run: Run, receipt: Receipt, context: Context, *, spawn
     for asset in operator.outlets:
         announce(receipt, context, asset)
     return receipt.path
+
+
+def _moment(text: str) -> float:
+    return datetime.datetime.fromisoformat(text).timestamp()
 
 
 def mlflow_url(settings: Settings, receipt: Receipt) -> str:

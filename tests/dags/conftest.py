@@ -60,12 +60,12 @@ def append(place: Path) -> Callable[[int], str]:
         from deltalake import DeltaTable, write_deltalake
 
         from forja.lake import Lake
+        from forja.stages import ingest
 
         table = Lake(str(place / "state" / "lake")).uri("vision/digits/raw")
         there = len(list(Path(table).glob("*.parquet")))
-        names = [f"{there}-{n}" for n in range(rows)]
-        errors = pa.array([None] * rows, type=pa.string())
-        write_deltalake(table, pa.table({"key": names, "label": ["1"] * rows, "sha256": names, "error": errors}), mode="append")
+        found = [{"key": f"{there}-{n}", "label": "1", "sha256": f"{there}-{n}", "offset": n, "time": n} for n in range(rows)]
+        write_deltalake(table, pa.Table.from_pylist(found, schema=pa.schema(ingest.schema())), mode="append")
         return f"vision/digits/raw@{DeltaTable(table).version()}"
 
     return add

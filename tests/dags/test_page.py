@@ -15,6 +15,8 @@ import pytest
 
 from forja.lake import Lake
 from forja.receipts import Input, Output, Receipt
+from forja.services import airflow
+from forja.settings import Settings
 
 KEY = "0123456789abcdef" * 2
 PATH = f"vision/digits/train/{KEY}/receipt.json"
@@ -33,8 +35,14 @@ RECEIPT = Receipt(
 
 @pytest.fixture
 def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lake:
-    monkeypatch.setenv("FORJA_LAKE", str(tmp_path))
-    lake = Lake(str(tmp_path))
+    """A lake outside the state folder, which the web server knows as ``forja up`` tells it: by services.airflow alone."""
+    settings = Settings.from_env({**os.environ, "FORJA_STATE": str(tmp_path / "state"), "FORJA_LAKE": str(tmp_path / "lake")})
+    for name in [n for n in os.environ if n.startswith(("FORJA_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    for name, value in airflow.environment(settings).items():
+        if not name.startswith(("AIRFLOW", "PYTHON")):
+            monkeypatch.setenv(name, value)
+    lake = Lake(settings.lake)
     lake.create(PATH, RECEIPT.to_json())
     return lake
 
@@ -89,8 +97,24 @@ def test_links_lead_to_the_inputs_page(server: Any, lake: Lake) -> None:
     web = client(server, "viewer")
     address = f"/forja/receipts/{PATH}"
     links = [urljoin(address, link) for link in re.findall(r"href='([^']+)'", web.get(address).text)]
-    assert links == [f"/forja/receipts/vision/digits/transform/{KEY}/receipt.json", f"/forja/json/{PATH}"]
-    assert [web.get(link).status_code for link in links] == [200, 200]
+    mlflow = f"{Settings.from_env().mlflow}/#/runs/abc"
+    assert links == ["/dags/digits", mlflow, f"/forja/receipts/vision/digits/transform/{KEY}/receipt.json", f"/forja/json/{PATH}"]
+    assert [web.get(link).status_code for link in links if link != mlflow] == [200, 200, 200]
+
+
+def test_tables_and_numbers_are_for_people(server: Any, lake: Lake) -> None:
+    verdicts = [{"variant": "fp32", "value": 1.0, "passed": True}, {"variant": "int8", "value": None, "passed": False}]
+    table = ["variant   value", "fp32          1"]
+    facts = {"verdicts": verdicts, "route": {"version": 1}, "previous": None, "empty": []}
+    path = f"vision/digits/gate/{KEY}/receipt.json"
+    lake.create(path, dataclasses.replace(RECEIPT, stage="gate", facts=facts, metrics={"bytes": 1095988.0}, report=table).to_json())
+    text = client(server, "viewer").get(f"/forja/receipts/{path}").text
+    assert "\n".join(table) in text, "columns stay columns"
+    assert "<th>variant</th><th>passed</th><th>value</th>" in text
+    assert "<td><code>int8</code></td><td><code>false</code></td><td><code>none</code></td>" in text
+    assert "<td>version</td><td><code>1</code></td>" in text
+    assert "1,095,988" in text
+    assert "finished 2026-01-01 00:00:09 UTC" in text
 
 
 @pytest.mark.parametrize(

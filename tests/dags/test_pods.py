@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from forja import recipes
+from forja.lake import Lake
 from forja.profiles import Profile, load_site
+from forja.receipts import Receipt
 from forja.recipes.base import STAGES
+from forja.stages.base import Stage
+from forja_airflow import runs
 from forja_airflow.pods import PodStageOperator, pod
 
 SITE = load_site("cluster")
@@ -92,6 +97,62 @@ def test_operator_neither_blocks_a_slot_nor_logs_the_spec() -> None:
     assert op.execution_timeout.total_seconds() == 21600 + 86400
 
 
+def lakes(op: PodStageOperator) -> list[str]:
+    (container,) = op.build_pod_request_obj(dry_run=True).spec.containers
+    return [v.value for v in container.env if v.name == "FORJA_LAKE"]
+
+
+def test_pods_use_the_lake_of_their_task() -> None:
+    op = operator(SITE.profile("training"))
+    op.agree("s3://forja/lake/")
+    assert lakes(op) == ["s3://forja/lake/"]
+    with pytest.raises(AirflowFailException, match=r"got 's3://forja/lake'; allowed: s3://other/lake.*connection forja_lake"):
+        operator(SITE.profile("training")).agree("s3://other/lake")
+
+
+def test_a_site_without_a_lake_gets_the_tasks() -> None:
+    profile = SITE.profile("training")
+    profile = dataclasses.replace(profile, env={k: v for k, v in profile.env.items() if k != "FORJA_LAKE"})
+    op = operator(profile)
+    op.agree("s3://other/lake")
+    assert lakes(op) == ["s3://other/lake"]
+    with pytest.raises(AirflowFailException, match="lake for stages in pods: got '/var/lib/forja/lake'"):
+        operator(profile).agree("/var/lib/forja/lake")
+
+
+def test_a_pod_is_refused_before_it_starts_when_the_lakes_differ(place: Path, raw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = PodStageOperator(
+        task_id="transform", verb="transform", recipe="digits", inputs={"raw": raw},
+        **pod(SITE.profile("etl"), site="cluster", recipe="digits", verb="transform"),
+    )  # fmt: skip
+    monkeypatch.setattr(runs, "environment", dict)
+    with pytest.raises(AirflowFailException, match="FORJA_LAKE of the pods"):
+        op.execute({})
+
+
+def test_release_in_a_pod_is_refused_at_once() -> None:
+    with pytest.raises(AirflowFailException, match="Gateway API router"):
+        operator(SITE.profile("release"), "release").execute({})
+
+
+def test_a_receipt_from_another_gpu_is_found_by_what_its_pod_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker has no GPU, so it reckons another key than the pod; for other stages a name elsewhere counts for nothing."""
+    lake = Lake(str(place / "state" / "lake"))
+    said = f"vision/digits/optimize/{'e' * 32}/receipt.json"
+    receipt = Receipt(
+        stage="optimize", recipe="digits", team="vision", key="e" * 32, code="", command="", inputs={}, outputs={}, metrics={}, facts={},
+        report=[], versions={}, started="", finished="2026-01-01T00:00:00.000+00:00", seconds=1.0, variant="fp32",
+    )  # fmt: skip
+    lake.create(said, receipt.to_json())
+    stage = Stage(environment="ml", repeat="memoised", hardware=True)
+    prepared = SimpleNamespace(folder=f"vision/digits/optimize/{'f' * 32}", stage=stage)
+    run: Any = SimpleNamespace(lake=lake, prepared=prepared)
+    assert runs.last(run, said).path == said
+    prepared.stage = dataclasses.replace(stage, hardware=False)
+    with pytest.raises(AirflowException, match="left no receipt"):
+        runs.last(run, said)
+
+
 def ended(code: int, message: str = "") -> Any:
     state = SimpleNamespace(terminated=SimpleNamespace(exit_code=code, message=message))
     status = SimpleNamespace(phase="Failed", container_statuses=[SimpleNamespace(name="base", state=state)])
@@ -115,8 +176,6 @@ def test_exit_status_says_whether_a_retry_helps(code: int, kind: type[Exception]
 
 
 def test_the_same_dag_files_make_pods(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
     from airflow.dag_processing.dagbag import DagBag
 
     monkeypatch.setenv("FORJA_SITE", "cluster")

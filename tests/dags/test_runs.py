@@ -103,6 +103,29 @@ def test_exit_status_that_a_retry_may_mend(bag: Any, place: Path, raw: str, monk
     assert str(tasks["transform"][0].state) == "up_for_retry" or tasks["transform"][0].try_number == 3
 
 
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["starting", "BadInput: no such class", "Epoch: 3"], "BadInput: no such class"),
+        (["Loss: 0.3", "Epoch: 3"], "Epoch: 3"),
+        (
+            ["Traceback (most recent call last):", "torch.cuda.OutOfMemoryError: 3 GiB", "Rank: 1 ended"],
+            "torch.cuda.OutOfMemoryError: 3 GiB",
+        ),
+        (["ValueError: first", "Unavailable: then"], "Unavailable: then"),
+        (["MemoryError", "Epoch: 4"], "MemoryError"),
+        (["Conflict: taken", "UserWarning: deprecated", "ErrorRate: 0.1"], "Conflict: taken"),
+    ],
+)
+def test_reason_is_the_last_error_and_not_any_word_with_a_colon(lines: list[str], reason: str) -> None:
+    from forja_airflow.operators import why
+
+    found = ""
+    for line in lines:
+        found = why(found, line)
+    assert found == reason
+
+
 def test_log_has_the_stages_lines(bag: Any, place: Path, raw: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "forja.stage")
     run(bag, "digits_ingest")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,9 @@ class Place:
     def path(self) -> str:
         return ingest.table_path(self.recipe.team, self.recipe.name)
 
-    def ingest(self, **source: object) -> Outcome:
+    def ingest(self, check: Callable[[], None] = lambda: None, **source: object) -> Outcome:
         recipe = dataclasses.replace(self.recipe, source=dataclasses.replace(self.recipe.source, **source))  # type: ignore[arg-type]
-        work = Work(settings=self.settings, lake=self.lake, folder="vision/x", key="0" * 32, scratch=Path(), check=lambda: None)
+        work = Work(settings=self.settings, lake=self.lake, folder="vision/x", key="0" * 32, scratch=Path(), check=check)
         return ingest.run(ingest.plan(recipe, {}), work)
 
     def produce(self, count: int, start: int = 0) -> None:
@@ -108,18 +109,12 @@ def test_bad_records_stay_with_their_error(place: Place) -> None:
     assert found == {"good": None, "d": None, "": "no key", "a": "no header label", "b": "no value", "c": "neither PNG nor JPEG"}
 
 
-JSON = {
-    "good": (b'{"a": 1}', None),
-    "list": (b"[1]", "JSON, but no object"),
-    "text": (b"hello", "no JSON"),
-    "not UTF-8": (b'{"a": "\xff"}', "no JSON"),
-}
-
-
-@pytest.mark.parametrize("case", JSON, ids=str)
-def test_json_payloads(case: str) -> None:
-    payload, problem = JSON[case]
-    assert ingest.problem("k", "1", payload, recipes.load("ai4i").source) == problem
+def test_a_binary_key_is_a_row_error_and_is_known_again(place: Place) -> None:
+    label = [("label", b"1")]
+    send(place, [(b"\xff", PNG, label), (b"\xfe", PNG, label), (b"", PNG, label)])
+    assert place.ingest().metrics == {"rows": 3, "bad": 3}
+    topic = events.require(place.settings.kafka, place.recipe.source, "digits")
+    assert events.keys_in(place.settings.kafka, topic) == {b"\xff", b"\xfe", b""}
 
 
 def test_missing_and_empty_topics_are_named(place: Place) -> None:
@@ -134,6 +129,114 @@ def test_kafka_away_is_unavailable(place: Place) -> None:
     away = dataclasses.replace(place, settings=dataclasses.replace(place.settings, kafka="127.0.0.1:1"))
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         away.ingest()
+
+
+@contextlib.contextmanager
+def stopped(stack: Stack) -> Iterator[None]:
+    """Kafka stands still, its connections open: what a client sees of a broker that is gone."""
+    pid = int(stack.status()["kafka"]["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_kafka_going_away_in_mid_batch_is_unavailable(stack: Stack, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.produce(300)
+    monkeypatch.setattr(events, "STILL_S", 3.0)
+    with contextlib.ExitStack() as away:
+
+        def check() -> None:
+            if not away_now:
+                away_now.append(True)
+                away.enter_context(stopped(stack))
+
+        away_now: list[bool] = []
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=r"sent nothing for 3 s"):
+            place.ingest(check=check)
+        assert time.monotonic() - began < 30
+    assert place.ingest().metrics["rows"] == 300
+
+
+def test_reading_a_topic_notices_it_too(stack: Stack, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.produce(300)
+    topic = events.require(place.settings.kafka, place.recipe.source, "digits")
+    monkeypatch.setattr(events, "STILL_S", 3.0)
+    watch = events.watch
+    with contextlib.ExitStack() as away:
+
+        def stop(bootstrap: str) -> Callable[[object], None]:
+            away.enter_context(stopped(stack))
+            return watch(bootstrap)
+
+        monkeypatch.setattr(events, "watch", stop)
+        with pytest.raises(Unavailable, match=r"sent nothing for 3 s"):
+            list(events.read(place.settings.kafka, topic))
+
+
+def test_a_partition_that_is_read_already_stops_no_other(place: Place) -> None:
+    from kafka import TopicPartition
+
+    place.produce(200)
+    topic = events.require(place.settings.kafka, place.recipe.source, "digits")
+    with events.consumer(place.settings.kafka) as client:
+        (end,) = client.end_offsets([TopicPartition(topic.name, 0)]).values()
+    table = ingest.open_table(place.lake, place.path)
+    ingest.commit(table, ingest.to_rows([], place.recipe.source, topic.id), {f"{topic.id}-0": end}, {f"{topic.id}-0": None})
+    assert place.ingest().metrics["rows"] == 200 - end
+
+
+def test_a_lost_claim_stops_the_reading(place: Place) -> None:
+    def check() -> None:
+        raise Conflict("another run took this work over")
+
+    place.produce(10)
+    with pytest.raises(Conflict, match="took this work over"):
+        place.ingest(check=check)
+
+
+ERRORS = {
+    "OffsetOutOfRangeError": Unavailable, "KafkaTimeoutError": Unavailable, "NotLeaderForPartitionError": Unavailable,
+    "CorruptRecordError": Unavailable, "UnsupportedCodecError": BadInput, "TopicAuthorizationFailedError": BadInput,
+    "MessageSizeTooLargeError": BadInput,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_kafkas_client_are_ours(name: str) -> None:
+    from kafka import errors
+
+    with pytest.raises(ERRORS[name]), events.reachable("127.0.0.1:1"):
+        raise getattr(errors, name)("x")
+
+
+def test_offsets_that_moved_while_the_batch_was_read_are_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even on a table object that was refreshed meanwhile, and hides the other's commit from Delta's own check."""
+    place.produce(100)
+    opened, really = [], ingest.open_table
+    monkeypatch.setattr(ingest, "open_table", lambda *a: opened.append(really(*a)) or opened[-1])
+
+    def check() -> None:
+        if len(opened) == 1:
+            place.ingest()
+            opened[0].update_incremental()
+
+    assert place.ingest(check=check).metrics["rows"] == 0
+    assert len(set(place.rows())) == len(place.rows()) == 100
+
+
+def test_a_table_that_is_ahead_of_kafka_is_named(place: Place) -> None:
+    """Kafka lost its data and kept the topic's id: what it has next would come under offsets that the table knows."""
+    place.produce(20)
+    place.ingest()
+    topic = events.require(place.settings.kafka, place.recipe.source, "digits")
+    table, app = ingest.open_table(place.lake, place.path), f"{topic.id}-0"
+    ingest.commit(table, ingest.to_rows([], place.recipe.source, topic.id), {app: 5000}, {app: table.transaction_version(app)})
+    for lost_offsets in ("refuse", "accept"):
+        with pytest.raises(BadInput, match=r"Kafka lost records.*goes on at offset 5000.*Kafka ends at \d+"):
+            place.ingest(lost_offsets=lost_offsets)
 
 
 def test_a_stopped_writer_that_wakes_up_writes_nothing(place: Place) -> None:
@@ -218,12 +321,15 @@ def big_topic(stack: Stack, place: Place) -> Place:
 
 
 def test_killed_and_doubled_ingests_lose_nothing_and_double_nothing(stack: Stack, big_topic: Place, tmp_path: Path) -> None:
-    lake = tmp_path / "lake"
-    for seconds in (0.9, 1.4, 2.1):
+    lake, left = tmp_path / "lake", []
+    for _ in range(3):
         killed = process(stack, lake)
-        time.sleep(seconds)
+        assert killed.stdout is not None
+        next((line for line in killed.stdout if " records, " in line), None)  # its first batch is committed, the next is not
         os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
+        killed.communicate()
+        left.append(len(big_topic.rows()))
+    assert any(0 < rows < 60_000 for rows in left), left
     pair = [process(stack, lake) for _ in range(2)]
     outputs = [p.communicate(timeout=120)[0] for p in pair]
     assert [p.returncode for p in pair] == [0, 0], outputs

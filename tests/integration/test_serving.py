@@ -3,165 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import http.client
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from integration.conftest import Stack, new_stack
+from integration.conftest import new_stack
+from integration.plant import Client
+from integration.releases import MODEL, Serving
 
-from forja import envs, receipts, tracking
-from forja.errors import Conflict, Refused, Unavailable
-from forja.lake import Lake, sha256
-from forja.receipts import Input, Output, Receipt
-from forja.services import supervisor
-from forja.services.triton import slot
+from forja import envs, receipts
+from forja.errors import BadInput, Conflict, Refused, Unavailable
+from forja.lake import Lake
+from forja.services import probes, supervisor
+from forja.services.triton import SLOTS, slot
 from forja.serving import repository, triton
 from forja.serving.router import EnvoyRouter, Route
-from forja.stages import harness
-
-MODEL = "digits"
-
-
-@dataclass(kw_only=True)
-class Serving:
-    """A stack with Envoy, Triton and MLflow, and models to release."""
-
-    stack: Stack
-    models: Path
-    lake: Lake
-    router: EnvoyRouter
-    gates: dict[tuple[int, bool], str] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> Any:
-        return self.stack.settings
-
-    @property
-    def endpoint(self) -> str:
-        return self.settings.endpoint.removeprefix("http://")
-
-    def golden(self, seed: int) -> triton.Golden:
-        with np.load(self.models / f"{seed}.npz") as arrays:
-            return triton.Golden(inputs=arrays["inputs"], probabilities=arrays["probabilities"])
-
-    def mlflow(self) -> Any:
-        return tracking.client(self.settings.mlflow)
-
-    def aliases(self) -> dict[str, str]:
-        return {name: str(v) for name, v in self.mlflow().get_registered_model(MODEL).aliases.items()}
-
-    def gate(self, seed: int, *, damaged: bool = False) -> str:
-        """Receipt of a gate that chose the model of this seed; ``damaged`` has golden answers that it never gave."""
-        if (seed, damaged) not in self.gates:
-            self.gates[seed, damaged] = self._gate(seed, damaged)
-        return self.gates[seed, damaged]
-
-    def _gate(self, seed: int, damaged: bool) -> str:
-        client = self.mlflow()
-        with contextlib.suppress(Exception):
-            client.create_registered_model(MODEL)
-        run = client.create_run("0").info
-        version = str(client.create_model_version(MODEL, source=f"{run.artifact_uri}/model", run_id=run.run_id).version)
-        client.set_registered_model_alias(MODEL, "challenger", version)
-        golden = (self.models / f"{seed}.npz").read_bytes()
-        if damaged:
-            arrays = dict(np.load(io.BytesIO(golden)))
-            buffer = io.BytesIO()
-            np.savez(buffer, **{**arrays, "probabilities": arrays["probabilities"] + np.float32(0.01)})
-            golden = buffer.getvalue()
-        model = {"model.onnx": (self.models / f"{seed}.onnx").read_bytes()}
-        name = f"{seed}{'-damaged' if damaged else ''}"
-        register = self._receipt("register", name, model, {}, {"model": MODEL, "version": version})
-        optimize = self._receipt("optimize", name, {**model, "golden.npz": golden}, {"model": register}, {}, "fp32")
-        verdict = {"verdict.json": f"{name} {version}".encode()}
-        return self._receipt("gate", name, verdict, {"optimize": optimize}, {"chosen": "fp32"})
-
-    def _receipt(
-        self, stage: str, key: str, outputs: dict[str, bytes], inputs: dict[str, str], facts: dict[str, Any], variant: str = ""
-    ) -> str:
-        folder = receipts.place("vision", MODEL, stage, key)
-        written = {}
-        for name, data in outputs.items():
-            self.lake.create(f"{folder}/{name}", data)
-            written[name] = Output(path=f"{folder}/{name}", sha256=sha256(data), bytes=len(data))
-        receipt = Receipt(
-            stage=stage, recipe=MODEL, team="vision", key=key, code="", command="", outputs=written, metrics={}, facts=facts, report=[],
-            inputs={n: [Input(ref=ref, digest=receipts.load(self.lake, ref).digest)] for n, ref in inputs.items()}, versions={},
-            started="", finished="", seconds=0.0, variant=variant,
-        )  # fmt: skip
-        self.lake.create(f"{folder}/receipt.json", receipt.to_json())
-        return f"{folder}/receipt.json"
-
-    def release(self, seed: int, *, damaged: bool = False) -> Receipt:
-        return harness.execute(self.settings, "release", MODEL, {"gate": [self.gate(seed, damaged=damaged)]})[0]
-
-    def spawn(self, seed: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "forja.stages", "release", "--recipe", MODEL, "--in", f"gate={self.gate(seed)}"]
-        env = {**self.stack.env, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-    def answers(self, seed: int) -> bool:
-        """Whether the endpoint answers as the model of this seed does."""
-        golden = self.golden(seed)
-        return bool(np.abs(triton.infer(self.endpoint, MODEL, golden.inputs) - golden.probabilities).max() < 1e-3)
-
-    def pid(self, name: str) -> int:
-        return supervisor.processes(self.settings)[slot(self.settings, MODEL, name).program].pid
-
-
-@dataclass(kw_only=True)
-class Client:
-    """Asks twenty times a second, each request in a thread of its own, as a plant's clients do; keeps what failed."""
-
-    serving: Serving
-    failed: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __enter__(self) -> Client:
-        self._stop = threading.Event()
-        self._asking: list[threading.Thread] = []
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        for thread in self._asking:
-            thread.join()
-
-    def _run(self) -> None:
-        sample = self.serving.golden(1).inputs[:1]
-        due = time.monotonic()
-        while not self._stop.is_set():
-            thread = threading.Thread(target=self._ask, args=(sample,))
-            thread.start()
-            self._asking.append(thread)
-            due += 0.05
-            self._stop.wait(max(0.0, due - time.monotonic()))
-
-    def _ask(self, sample: Any) -> None:
-        began = time.monotonic()
-        try:
-            answer = triton.infer(self.serving.endpoint, MODEL, sample)
-            if abs(float(answer.sum()) - 1) > 1e-3:
-                self.failed.append(f"answer {answer}")
-        except Exception as error:
-            self.failed.append(repr(error))
-        self.seconds.append(time.monotonic() - began)
+from forja.stages import release
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +37,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         stack.need("envoy", "triton", "mlflow")
         models = tmp_path_factory.mktemp("models")
         python = envs.python("ml", stack.settings)
-        subprocess.run([python, Path(__file__).with_name("serving_models.py"), models, *map(str, range(1, 8))], check=True)
+        subprocess.run([python, Path(__file__).with_name("serving_models.py"), models, *map(str, range(1, 9))], check=True)
         yield Serving(stack=stack, models=models, lake=Lake(stack.settings.lake), router=EnvoyRouter(stack.settings))
 
 
@@ -202,11 +69,33 @@ def test_repairs_only_what_differs(serving: Serving) -> None:
     assert serving.router.read(MODEL) == route
 
 
+@pytest.mark.parametrize(("patience_s", "killed"), [(60.0, False), (1.0, True)], ids=["it answers later", "it hangs"])
+def test_a_live_server_that_is_late_is_not_restarted(
+    patience_s: float, killed: bool, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving.release(1)
+    live = serving.router.read(MODEL).live
+    pid = serving.pid(live)
+    monkeypatch.setattr(release, "PATIENCE_S", patience_s)
+    os.kill(pid, signal.SIGSTOP)
+    resume = threading.Timer(8, os.kill, (pid, signal.SIGCONT))  # later than one probe waits
+    try:
+        if not killed:
+            resume.start()
+        serving.release(1)
+    finally:
+        resume.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    assert (serving.pid(live) != pid) is killed
+    assert serving.answers(1)
+
+
 @pytest.mark.parametrize("victim", ["server", "python backend"])
 def test_killed_triton_is_not_noticed(victim: str, serving: Serving) -> None:
     serving.release(1)
     live = serving.router.read(MODEL).live
-    with Client(serving=serving) as client:
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
         time.sleep(1)
         for _ in range(2):
             pid = serving.pid(live)
@@ -234,7 +123,7 @@ def test_without_retries_the_kill_is_noticed(serving: Serving) -> None:
     rds.with_suffix(".new").write_text(json.dumps({**table, "version_info": "no-retries"}))
     rds.with_suffix(".new").rename(rds)
     time.sleep(1)
-    with Client(serving=serving) as client:
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
         time.sleep(0.5)
         pid = serving.pid(live)
         os.kill(pid, signal.SIGKILL)
@@ -258,7 +147,7 @@ def test_large_requests_survive_a_kill(serving: Serving) -> None:
 def test_next_release_is_not_noticed(serving: Serving) -> None:
     serving.release(1)
     old = serving.router.read(MODEL).live
-    with Client(serving=serving) as client:
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
         time.sleep(0.5)
         receipt = serving.release(2)
         time.sleep(0.5)
@@ -275,7 +164,8 @@ def test_failing_smoke_test_leaves_what_is_live(serving: Serving) -> None:
     serving.release(2)
     route, aliases = serving.router.read(MODEL), serving.aliases()
     serving.gate(3, damaged=True)
-    with Client(serving=serving) as client, pytest.raises(Refused, match="golden answers"):
+    asking = Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1])
+    with asking as client, pytest.raises(Refused, match="golden answers"):
         serving.release(3, damaged=True)
     assert client.failed == []
     assert serving.router.read(MODEL) == route
@@ -293,6 +183,90 @@ def test_a_model_that_does_not_load_is_refused_with_tritons_reason(serving: Serv
     with pytest.raises(Refused, match=r"(?s)could not load.*INVALID_PROTOBUF"):
         serving.release(99)
     assert serving.answers(2)
+
+
+def envoys_slot(serving: Serving) -> str:
+    """The slot to which Envoy itself says that it sends all requests."""
+    dump = json.dumps(
+        probes.http_json(f"http://127.0.0.1:{serving.settings.ports['envoy_admin']}/config_dump?resource=dynamic_route_configs")
+    )
+    (found,) = {s for s in SLOTS if f'"name": "{MODEL}-{s}"' in dump}
+    return found
+
+
+def test_a_release_killed_between_record_and_route_costs_the_next_one_nothing(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record says one slot, Envoy uses the other: no release may stop that one."""
+    serving.release(1)
+    serving.release(2)
+    route = serving.router.read(MODEL)
+    other = next(s for s in SLOTS if s != route.live)
+    serving.router._record(Route(model=MODEL, weights={other: 100}), route.version + 1)
+    assert envoys_slot(serving) == route.live
+    stopped: list[tuple[str, str]] = []
+    real = supervisor.stop_program
+
+    def stop(settings: Any, name: str) -> None:
+        stopped.append((name.rpartition("-")[2], envoys_slot(serving)))
+        real(settings, name)
+
+    monkeypatch.setattr(supervisor, "stop_program", stop)
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
+        serving.release(3)
+    assert client.failed == []
+    assert stopped == [(route.live, other)]
+    assert serving.answers(3)
+
+
+def test_version_is_that_of_this_runs_register_receipt(serving: Serving) -> None:
+    """The optimize and gate receipts were adopted; MLflow has lost the version that they know, and register made another."""
+    old = serving.release(8).facts["version"]
+    model = serving.registered_again(8)
+    serving.mlflow().delete_model_version(MODEL, old)
+    facts = receipts.load(serving.lake, model).facts
+    receipt = serving.release(8, model=model)
+    assert (receipt.facts["version"], receipt.facts["mlflow_run"]) == (facts["version"], facts["mlflow_run"])
+    assert facts["version"] != old
+    assert serving.aliases()["champion"] == facts["version"]
+    assert serving.answers(8)
+
+
+def test_a_register_receipt_of_another_model_is_refused(serving: Serving) -> None:
+    serving.release(8, model=serving.registered_again(8))
+    route, aliases = serving.router.read(MODEL), serving.aliases()
+    with pytest.raises(BadInput, match="not the model that the gate judged"):
+        serving.release(8, model=serving.gate(1)["model"])
+    assert serving.router.read(MODEL) == route
+    assert serving.aliases()["champion"] == aliases["champion"]
+
+
+CONTROLS = [
+    ("GET", "config"), ("POST", "trace/setting"), ("GET", "trace/setting"), ("POST", "versions/1/../../trace/setting"), ("GET", "infer"),
+    ("POST", "load"), ("POST", "../../repository/models/digits/unload"), ("POST", "../../repository/index"), ("POST", "../../logging"),
+]  # fmt: skip
+
+
+def asked(address: str, method: str, path: str) -> int:
+    """Status of a request, its path sent as it is."""
+    connection = http.client.HTTPConnection(address, timeout=30)
+    try:
+        connection.request(method, f"/v2/models/{MODEL}{path}", body=b"{}" if method == "POST" else None)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_clients_can_infer_and_look_and_nothing_else(serving: Serving) -> None:
+    version = serving.release(1).facts["version"]
+    assert {path: asked(serving.endpoint, "GET", path) for path in ("", "/ready", "/stats", f"/versions/{version}/ready")} == {
+        "": 200, "/ready": 200, "/stats": 200, f"/versions/{version}/ready": 200,
+    }  # fmt: skip
+    place = slot(serving.settings, MODEL, serving.router.read(MODEL).live)
+    there = f"127.0.0.1:{place.http_port}"
+    for path in ("/infer", f"/versions/{version}/infer"):  # without inputs: what Triton says to that
+        assert asked(serving.endpoint, "POST", path) == asked(there, "POST", path) != 404
+    assert {(m, path): asked(serving.endpoint, m, f"/{path}") for m, path in CONTROLS} == dict.fromkeys(CONTROLS, 404)
+    # Must-fail twin: Triton itself lets anybody do it, so it is the router that keeps clients out.
+    assert [asked(there, m, f"/{path}") for m, path in CONTROLS[:3]] == [200, 200, 200]
 
 
 def test_router_is_compare_and_swap(serving: Serving) -> None:
@@ -336,7 +310,7 @@ def test_mlflow_away_delays_the_aliases_only(serving: Serving) -> None:
 def test_killed_release_converges_on_retry(line: str, serving: Serving) -> None:
     seed = {"into slot": 5, "golden answers": 1, "all requests go": 6}[line]
     serving.gate(seed)
-    with Client(serving=serving) as client:
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
         process = serving.spawn(seed)
         assert process.stdout is not None
         for text in process.stdout:
@@ -354,7 +328,7 @@ def test_killed_release_converges_on_retry(line: str, serving: Serving) -> None:
 def test_two_releases_at_once_end_in_one_of_them(serving: Serving) -> None:
     serving.gate(3)
     serving.gate(7)
-    with Client(serving=serving) as client:
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
         both = [serving.spawn(3), serving.spawn(7)]
         output = [p.communicate(timeout=120)[0] for p in both]
     print(*output, sep="\n")

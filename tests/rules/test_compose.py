@@ -36,6 +36,9 @@ OTHERWISE = {
     "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://airflow-api:{PORTS['airflow']}/execution/",
     "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "see addresses()",
     "FORJA_CACHE": CACHE,
+    "FORJA_KAFKA": "see addresses()",
+    "FORJA_LAKE": "see addresses()",
+    "MLFLOW_TRACKING_URI": "see addresses()",
     "NO_PROXY": "see addresses()",
 }
 """What Airflow's containers must have otherwise than one machine."""

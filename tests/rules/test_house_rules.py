@@ -25,7 +25,7 @@ RECIPES = recipes.names()
 MODULE_LINES = 350
 TEST_LINES = 400
 DAG_LINES = 80
-FUNCTION_LINES = 60
+FUNCTION_LINES = 50
 
 
 def name(path: Path) -> str:
@@ -56,7 +56,7 @@ def forbidden_in_library(source: str) -> list[str]:
 
 def forbidden_in_recipes(source: str) -> list[str]:
     """What a recipe or a profile must never import: anything but the standard library and these of Forja's."""
-    mine = ("forja.errors", "forja.settings", "forja.recipes")
+    mine = ("forja.errors", "forja.settings", "forja.recipes", "forja.checks")
     found = imports(ast.parse(source))
     return [m for m in found if m.split(".")[0] not in sys.stdlib_module_names and not any(m == x or m.startswith(f"{x}.") for x in mine)]
 
@@ -66,7 +66,7 @@ def test_library_never_imports_airflow(path: Path) -> None:
     assert forbidden_in_library(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p.parent.name == "recipes" or p.name == "profiles.py"], ids=name)
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.parent.name == "recipes" or p.name in ("profiles.py", "checks.py")], ids=name)
 def test_recipes_and_profiles_need_the_standard_library_alone(path: Path) -> None:
     assert forbidden_in_recipes(path.read_text()) == []
 
@@ -107,6 +107,36 @@ def test_functions_stay_short(path: Path) -> None:
     functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno and n.end_lineno - n.lineno + 1 > FUNCTION_LINES}
     assert long == {}
+
+
+KNOWN = {
+    ".py", ".toml", ".json", ".yaml", ".yml", ".md", ".txt", ".xml", ".properties", ".sha256", ".lock", ".csv", ".png", ".svg", ".sh",
+    ".dockerignore",
+}  # fmt: skip
+"""Endings of files."""
+
+NAMES = {"Dockerfile", "LICENSE", "Makefile", "forja", "run", ".airflowignore", ".gitignore"}
+"""Files without an ending."""
+
+
+def unknown_files(folder: Path) -> list[str]:
+    """Files that no tool of ours writes or reads: what editors and patch leave behind (.orig, .rej, .bak, name~)."""
+    ours = [p for part in ("include", "plugins", "dags", "tests", "k8s", "docs", ".ci") for p in (folder / part).rglob("*")]
+    files = [p for p in (*ours, *folder.glob("[!.]*")) if p.is_file() and "__pycache__" not in p.parts]
+    return sorted(str(p.relative_to(folder)) for p in files if p.suffix not in KNOWN and p.name not in NAMES)
+
+
+def test_every_file_is_of_a_known_kind() -> None:
+    assert unknown_files(ROOT) == []
+
+
+@pytest.mark.parametrize("left", ["include/forja/a.py.orig", "plugins/b.py.rej", "dags/c.bak", "docs/d.md~", "e.py.orig", "tests/unit/f"])
+def test_the_rule_of_known_files_catches(left: str, tmp_path: Path) -> None:
+    path = tmp_path / left
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.with_name("good.py").touch()
+    assert unknown_files(tmp_path) == [left]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import threading
 from pathlib import Path
 
 import pytest
 
-from forja import admission, recipes
+from forja import admission, keys, recipes
 from forja.admission import Candidate, Cause, Decision, Run, decide
 from forja.errors import BadInput
 from forja.lake import Lake
 from forja.recipes.base import Recipe, Triggers
+from forja.stages import ingest
 
 pa = pytest.importorskip("pyarrow")
 deltalake = pytest.importorskip("deltalake")
@@ -72,8 +75,8 @@ def test_one_run_waits_and_the_others_rely_on_it() -> None:
 
 
 def append(lake: Lake, rows: int, offset: int = 0) -> None:
-    names = [f"{offset + n}" for n in range(rows)]
-    table = pa.table({"key": names, "label": names, "sha256": names, "error": pa.array([None] * rows, type=pa.string())})
+    found = [{"key": f"{n}", "label": f"{n}", "sha256": f"{n}", "offset": n, "time": n} for n in range(offset, offset + rows)]
+    table = pa.Table.from_pylist(found, schema=pa.schema(ingest.schema()))
     deltalake.write_deltalake(lake.uri("vision/digits/raw"), table, mode="append")
 
 
@@ -91,8 +94,43 @@ def test_record_and_history(lake: Lake) -> None:
     append(lake, 10, 20)
     third = admission.admit(lake, RECIPE, Run(id="c", cause="new data"), "", lambda: 2000)
     assert (third.verdict, third.candidate.raw) == ("admitted", "vision/digits/raw@1")
-    assert [d.run for d in admission.history(lake, RECIPE)] == ["c", "b", "a"]
-    assert list(lake.list("vision/digits/admissions"))[-1] == "vision/digits/admissions/00000003.json"
+    paths = list(lake.list("vision/digits/admissions"))
+    assert paths[-1] == "vision/digits/admissions/00000003.json"
+    assert [json.loads(lake.get(p))["run"] for p in paths] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("cause", ["new data", "schedule"])
+def test_same_rows_with_another_recipe_or_other_code_are_other_work(lake: Lake, cause: Cause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or nothing but a person would train again after a mended bug: the run that failed was admitted with these rows."""
+    moments = itertools.count(1000, 1000)
+
+    def ask(name: str, recipe: Recipe = RECIPE) -> tuple[str, str]:
+        decision = admission.admit(lake, recipe, Run(id=name, cause=cause), "", lambda: next(moments))
+        return decision.verdict, decision.reason
+
+    assert ask("first")[0] == "admitted"
+    assert ask("same")[0] == "skipped"
+    other = dataclasses.replace(RECIPE, training=dataclasses.replace(RECIPE.training, seed=1))
+    verdict, reason = ask("recipe", other)
+    assert verdict == "admitted"
+    assert cause == "schedule" or reason.endswith("changed: recipe")
+    assert ask("same recipe", other)[0] == "skipped"
+    real = keys.code_digest
+    monkeypatch.setattr(
+        keys, "code_digest", lambda module, lock: real(module, lock)[::-1] if module.endswith("train") else real(module, lock)
+    )
+    verdict, reason = ask("code", other)
+    assert verdict == "admitted"
+    assert cause == "schedule" or reason.endswith("changed: code")
+
+
+def test_a_decision_from_before_the_digests_is_read(lake: Lake) -> None:
+    admission.admit(lake, RECIPE, Run(id="a", cause="new data"), "", lambda: 1000)
+    (path,) = lake.list("vision/digits/admissions")
+    body = json.loads(lake.get(path))
+    body["candidate"] = {k: v for k, v in body["candidate"].items() if k not in ("recipe", "code")}
+    lake.replace(path, json.dumps(body).encode())
+    assert admission.admit(lake, RECIPE, Run(id="b", cause="new data"), "", lambda: 2000).verdict == "admitted"
 
 
 def test_a_run_that_died_after_its_admission_keeps_it(lake: Lake) -> None:

@@ -110,6 +110,17 @@ def test_stopped_holder_elsewhere_is_replaced_and_notices(tmp_path: Path, monkey
     successor.release()
 
 
+def test_holder_that_finishes_late_leaves_its_successors_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still, was replaced, and finishes before its next beat could tell it."""
+    monkeypatch.setattr(claims, "BEAT_S", 60.0)
+    lake = Lake(str(tmp_path))
+    late = take(lake)
+    assert late is not None
+    lake.create("team/r/train/k/claim-000002.json", b"{}")
+    late.release()
+    assert list(lake.list("team")) == ["team/r/train/k/claim-000002.json"]
+
+
 def test_beating_holder_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_S", 0.2)
     monkeypatch.setattr(claims, "DEAD_S", 1.0)

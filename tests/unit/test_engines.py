@@ -65,3 +65,33 @@ def test_tensorrt_needs_driver_and_library(monkeypatch: pytest.MonkeyPatch, tmp_
     assert engines.backend() is engines.TENSORRT
     monkeypatch.setattr(engines, "DRIVER", tmp_path / "none")
     assert engines.backend() is engines.TENSORRT_RTX
+
+
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\nGCC version:  gcc 12.3.0\n"
+CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+
+
+def host(folder: Path, monkeypatch: pytest.MonkeyPatch, driver: str, smi: str = "") -> str:
+    """Signature of a host with this driver, whose nvidia-smi is this shell script; empty for none."""
+    (folder / "version").write_text(driver)
+    monkeypatch.setattr(engines, "DRIVER", folder / "version")
+    tool = folder / "nvidia-smi"
+    tool.unlink(missing_ok=True)
+    if smi:
+        tool.write_text(f"#!/bin/sh\n{smi}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin")
+    return engines.signature()
+
+
+def test_signature_names_driver_gpu_and_builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert host(tmp_path, monkeypatch, OPEN, "echo 9.0; echo 9.0") == "driver 570.86.15, compute capability 9.0, " + engines._library()
+    assert host(tmp_path, monkeypatch, CLOSED, "echo 8.6; echo 8.0").startswith("driver 550.54.15, compute capability 8.0+8.6, ")
+    assert engines._library().startswith("tensorrt-rtx-cu12 1.")
+    for broken in ("", "echo no devices were found; exit 6"):
+        assert "compute capability unknown" in host(tmp_path, monkeypatch, OPEN, broken)
+
+
+def test_signature_is_empty_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "DRIVER", tmp_path / "none")
+    assert engines.signature() == ""

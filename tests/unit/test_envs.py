@@ -53,6 +53,49 @@ def test_another_lock_is_another_folder(settings: Settings, tmp_path: Path, monk
     assert envs.folder("ml", settings) != before
 
 
+@pytest.mark.parametrize(
+    ("there", "chosen", "runs"),
+    [
+        pytest.param(("3.11", "3.12", "3.13"), "3.12", "3.12", id="that of the Python which setup takes"),
+        pytest.param(("3.11", "3.13"), "3.13", "3.13", id="the first of the names is another"),
+        pytest.param(("3.13",), "3.11", "3.13", id="another one where that is not there"),
+        pytest.param((), "3.11", "", id="none"),
+    ],
+)
+def test_the_launcher_takes_the_environment_that_setup_made(
+    settings: Settings, tmp_path: Path, there: tuple[str, ...], chosen: str, runs: str
+) -> None:
+    """Its folder is what envs.folder() gives to the Python that the launcher finds for setup."""
+
+    def script(path: Path, line: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+    own = envs.folder("control", settings)
+    here = f"py{sys.version_info.major}.{sys.version_info.minor}"
+    for version in there:
+        place = own.with_name(own.name.replace(here, f"py{version}"))
+        script(place / "bin" / "python", f"echo environment {version} $@")
+        (place / envs.MARKER).touch()
+    script(tmp_path / "python", f"echo {chosen}")
+    env = {**os.environ, "FORJA_CACHE": str(settings.cache), "FORJA_PYTHON": str(tmp_path / "python")}
+    done = subprocess.run([ROOT / "forja", "status"], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == (f"environment {runs} -m forja.cli status\n" if runs else "")
+    assert (done.returncode, "make setup" in done.stderr) == ((0, False) if runs else (2, True))
+
+
+def test_a_python_that_does_not_fit_is_passed_over(settings: Settings, tmp_path: Path) -> None:
+    bad = tmp_path / "old"
+    bad.write_text("#!/bin/sh\necho 3.9\nexit 1\n")
+    bad.chmod(0o755)
+    env = {**os.environ, "FORJA_PYTHON": f"{bad} {sys.executable}"}
+    done = subprocess.run([ROOT / "forja", "setup", "--path", "control-dev"], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(envs.python("control-dev", Settings.from_env()))
+    only = subprocess.run([ROOT / "forja", "setup"], env={**env, "FORJA_PYTHON": str(tmp_path / "none")}, capture_output=True, text=True)
+    assert (only.returncode, "Python 3.11 to 3.13 is missing" in only.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("case", ["changed", "missing", "extra"])
 def test_a_jar_that_is_not_the_committed_one_is_refused(tmp_path: Path, case: str) -> None:
     libs = shutil.copytree(envs.kafka_jars(Settings.from_env()), tmp_path / "libs")

@@ -78,10 +78,10 @@ class Chain:
 
     def optimize(self, variant: str) -> Receipt:
         refs = {"dataset": [self.dataset], "model": [self.model]}
-        return harness.execute(self.settings, "optimize", RECIPE.name, refs, variant=variant)[0]
+        return harness.execute(self.settings, "optimize", RECIPE, refs, variant=variant)[0]
 
     def gate(self, *paths: str) -> Receipt:
-        return harness.execute(self.settings, "gate", RECIPE.name, {"optimize": list(paths)})[0]
+        return harness.execute(self.settings, "gate", RECIPE, {"optimize": list(paths)})[0]
 
 
 @pytest.fixture

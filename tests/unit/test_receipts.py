@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from forja.settings import ROOT, Settings
 from forja.stages import harness
 from forja.stages.base import Outcome, Plan, Stage, Work
 
+DIGITS = recipes.load("digits")
 SCHEMA = json.loads((ROOT / "include/forja/receipt.schema.json").read_text())
 
 
@@ -87,8 +89,8 @@ def use(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
 def test_memoised_work_is_done_once(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     fake = Fake()
     use(monkeypatch, fake)
-    first, wrote = harness.execute(settings, "train", "digits", {})
-    again, wrote_again = harness.execute(settings, "train", "digits", {})
+    first, wrote = harness.execute(settings, "train", DIGITS, {})
+    again, wrote_again = harness.execute(settings, "train", DIGITS, {})
     assert (wrote, wrote_again, fake.runs) == (True, False, 1)
     assert again == first
     jsonschema.validate(json.loads(first.to_json()), SCHEMA)
@@ -99,18 +101,78 @@ def test_work_whose_output_is_gone_is_done_again(monkeypatch: pytest.MonkeyPatch
     """The same bytes make the old receipt true again; other bytes need a new one."""
     fake, lake = Fake(), Lake(settings.lake)
     use(monkeypatch, fake)
-    first, _ = harness.execute(settings, "train", "digits", {})
+    first, _ = harness.execute(settings, "train", DIGITS, {})
     lake.delete(first.output("out").path)
     fake.content = content
-    again, written = harness.execute(settings, "train", "digits", {})
+    again, written = harness.execute(settings, "train", DIGITS, {})
     assert (written, fake.runs) == (wrote, 2)
     assert receipts.intact(lake, again)
+
+
+@pytest.mark.parametrize("damage", [b"", b"y"], ids=["cut", "of the same size"])
+def test_damaged_output_is_made_again(monkeypatch: pytest.MonkeyPatch, settings: Settings, damage: bytes) -> None:
+    fake, lake = Fake(), Lake(settings.lake)
+    use(monkeypatch, fake)
+    first, _ = harness.execute(settings, "train", DIGITS, {})
+    lake.replace(first.output("out").path, damage)
+    again, _ = harness.execute(settings, "train", DIGITS, {})
+    assert fake.runs == 2
+    assert lake.read(again.output("out").path, again.output("out").sha256) == b"x"
+
+
+def test_obsolete_objects_go_once_the_receipt_is_there(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    fake, lake = Fake(), Lake(settings.lake)
+    use(monkeypatch, fake)
+    lake.create("vision/digits/train/checkpoint", b"c")
+    run = fake.run
+    monkeypatch.setattr(fake, "run", lambda plan, work: dataclasses.replace(run(plan, work), obsolete=["vision/digits/train/checkpoint"]))
+    use(monkeypatch, fake)
+    harness.execute(settings, "train", DIGITS, {})
+    assert lake.size("vision/digits/train/checkpoint") is None
+
+
+def test_numbers_of_reconciled_receipts_are_never_used_again(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    fake, lake = Fake(repeat="reconciled"), Lake(settings.lake)
+    use(monkeypatch, fake)
+    paths = []
+    for fact in (1, 2, 3):
+        fake.fact = fact
+        paths.append(harness.execute(settings, "train", DIGITS, {})[0].path)
+    lake.delete(paths[0])
+    fake.fact = 4
+    assert harness.execute(settings, "train", DIGITS, {})[0].path.endswith("receipt-000004.json")
+
+
+FOREIGN = {
+    "another recipe's": ({"recipe": "ai4i", "team": "maintenance", "stage": "transform"}, "a transform receipt of digits"),
+    "another stage's": ({"stage": "register"}, "a transform receipt of digits"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN, ids=str)
+def test_inputs_of_another_kind_are_refused(case: str, settings: Settings) -> None:
+    changes, message = FOREIGN[case]
+    lake = Lake(settings.lake)
+    lake.create("x/receipt.json", receipt(**changes).to_json())
+    with pytest.raises(BadInput, match=message):
+        harness.prepare(lake, "train", DIGITS, {"dataset": ["x/receipt.json"]})
+
+
+def test_raw_table_of_another_recipe_is_refused(settings: Settings) -> None:
+    with pytest.raises(BadInput, match="vision/digits/raw@VERSION"):
+        harness.prepare(Lake(settings.lake), "transform", DIGITS, {"raw": ["maintenance/ai4i/raw@1"]})
+
+
+@pytest.mark.parametrize("path", ["../x", "a//b", "./a"])
+def test_paths_that_leave_the_lake_are_refused(path: str, settings: Settings) -> None:
+    with pytest.raises(BadInput, match="path in the lake"):
+        Lake(settings.lake).get(path)
 
 
 def test_loser_of_a_race_adopts_and_discards_its_bytes(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     fake, lake = Fake(), Lake(settings.lake)
     use(monkeypatch, fake)
-    winner, _ = harness.execute(settings, "train", "digits", {})
+    winner, _ = harness.execute(settings, "train", DIGITS, {})
     prepared = harness.prepare(lake, "train", recipes.load("digits"), {})
     work = Work(settings=settings, lake=lake, folder=prepared.folder, key=prepared.key, scratch=Path(), check=lambda: None)
     fake.content = "other bytes"
@@ -127,7 +189,7 @@ def test_reconciled_work_looks_each_time_and_writes_when_facts_change(monkeypatc
     wrote = []
     for fact in (1, 1, 2):
         fake.fact = fact
-        wrote.append(harness.execute(settings, "train", "digits", {})[1])
+        wrote.append(harness.execute(settings, "train", DIGITS, {})[1])
     assert (wrote, fake.runs) == ([True, False, True], 3)
 
 
@@ -136,7 +198,7 @@ def test_refusal_is_recorded_and_stays_one(monkeypatch: pytest.MonkeyPatch, sett
     use(monkeypatch, fake)
     for _ in range(2):
         with pytest.raises(Refused, match=r"accuracy 0\.1"):
-            harness.execute(settings, "train", "digits", {})
+            harness.execute(settings, "train", DIGITS, {})
     assert fake.runs == 1
     found = receipts.newest(Lake(settings.lake), "vision", "digits", "train")
     assert found is not None
@@ -147,7 +209,7 @@ def test_other_code_is_refused(monkeypatch: pytest.MonkeyPatch, settings: Settin
     fake = Fake()
     use(monkeypatch, fake)
     with pytest.raises(BadInput, match="code of stage train"):
-        harness.execute(settings, "train", "digits", {}, code="f" * 64)
+        harness.execute(settings, "train", DIGITS, {}, code="f" * 64)
     assert fake.runs == 0
 
 

@@ -15,6 +15,18 @@ DIGITS = recipes.load("digits")
 AI4I = recipes.load("ai4i")
 
 IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "half an epoch": (DIGITS.training, {"epochs": 1.5}, "Training.epochs"),
+    "text for a number": (DIGITS.training, {"epochs": "15"}, "Training.epochs"),
+    "true for a number": (DIGITS.training, {"seed": True}, "Training.seed"),
+    "not a number": (DIGITS.training, {"learning_rate": float("nan")}, "Training.learning_rate"),
+    "a metric that nobody measures": (DIGITS.gates[0], {"metric": "acuracy"}, "Gate.metric"),
+    "a limit that nothing passes": (DIGITS.gates[0], {"least": float("nan")}, "Gate.least"),
+    "a negative drop": (DIGITS.gates[1], {"max_drop": -1.0}, "Gate.max_drop"),
+    "a variant twice": (DIGITS.optimize, {"variants": ("fp32", "int8", "int8")}, "Optimize.variants"),
+    "a GPU that the builder doesn't know": (DIGITS.optimize, {"compute_capability": "SM99"}, "Optimize.compute_capability"),
+    "a clock in words": (DIGITS.triggers, {"schedule": "every day"}, "Triggers.schedule"),
+    "a topic that is a folder": (DIGITS.source, {"topic": ".."}, "Source.topic"),
+    "a feature without an expression": (AI4I.dataset.derived[0], {"sql": ""}, "Derived.sql"),
     "no epochs": (DIGITS.training, {"epochs": 0}, "Training.epochs"),
     "a batch that the ranks can't share": (DIGITS.training, {"batch_size": 63}, "Training.batch_size"),
     "a negative learning rate": (DIGITS.training, {"learning_rate": -1.0}, "Training.learning_rate"),

@@ -106,6 +106,14 @@ def test_unreadable_release(place: Slot, text: str) -> None:
         repository.installed(place, "digits")
 
 
+def test_release_of_another_schema(place: Slot) -> None:
+    put(place, b"model")
+    path = place.repository / "digits" / "release.json"
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(Damaged, match="schema of the release in a slot: got 2; allowed: 1"):
+        repository.installed(place, "digits")
+
+
 def test_interrupted_install_leaves_the_old_release(place: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     old = put(place, b"old")
 

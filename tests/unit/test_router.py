@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,42 @@ def test_files_hold_all_models(settings: Settings) -> None:
     envoy.swap(0, Route(model="ai4i", weights={"green": 100}))
     cds, rds = files(settings)
     assert [c["name"] for c in cds["resources"]] == ["ai4i-blue", "ai4i-green", "digits-blue", "digits-green"]
-    ai4i, digits, rest = rds["resources"][0]["virtual_hosts"][0]["routes"]
-    assert [r["match"] for r in (ai4i, digits)] == [{"path_separated_prefix": f"/v2/models/{m}"} for m in ("ai4i", "digits")]
+    ai4i, ai4i_get, digits, digits_get, rest = rds["resources"][0]["virtual_hosts"][0]["routes"]
+    assert digits["route"] == digits_get["route"]
+    assert ai4i["route"] == ai4i_get["route"]
     weights = digits["route"]["weighted_clusters"]["clusters"]
     assert weights == [{"name": "digits-blue", "weight": 90}, {"name": "digits-green", "weight": 10}]
     assert digits["route"]["request_mirror_policies"] == [{"cluster": "digits-green"}]
     assert "request_mirror_policies" not in ai4i["route"]
     assert rest["direct_response"]["status"] == 404
     assert len({port(c) for c in cds["resources"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "passes"),
+    [
+        ("POST", "/v2/models/digits/infer", True),
+        ("POST", "/v2/models/digits/versions/12/infer", True),
+        ("GET", "/v2/models/digits", True),
+        ("GET", "/v2/models/digits/ready", True),
+        ("GET", "/v2/models/digits/versions/1/ready", True),
+        ("GET", "/v2/models/digits/stats", True),
+        ("GET", "/v2/models/digits/infer", False),
+        ("POST", "/v2/models/digits", False),
+        ("POST", "/v2/models/digits/trace/setting", False),
+        ("GET", "/v2/models/digits/trace/setting", False),
+        ("GET", "/v2/models/digits/config", False),
+        ("POST", "/v2/models/digits/versions/../trace/setting", False),
+        ("POST", "/v2/models/digits/versions/1/infer/../../../trace/setting", False),
+        ("POST", "/v2/models/digits2/infer", False),
+        ("POST", "/v2/models/stats/infer", False),
+        ("POST", "/v2/repository/models/digits/unload", False),
+    ],
+)
+def test_what_passes_to_a_model(method: str, path: str, passes: bool) -> None:
+    """Envoy matches the whole path, as re.fullmatch does."""
+    found = [m for m in router._matches("digits") if re.fullmatch(m["safe_regex"]["regex"], path)]
+    assert any(m["headers"] == [{"name": ":method", "string_match": {"exact": method}}] for m in found) is passes
 
 
 def test_equal_routes_are_equal_bytes(settings: Settings) -> None:

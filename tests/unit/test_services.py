@@ -213,6 +213,11 @@ def test_connections_say_what_a_stage_gets(settings: Settings) -> None:
     assert env["FORJA_PORT_KAFKA"] == str(settings.ports["kafka"])
 
 
+def test_airflows_parts_read_the_settings_of_who_started_them(settings: Settings) -> None:
+    mine = replace(settings, lake="s3://mine/lake", kafka="kafka:1", mlflow="http://mlflow:2", endpoint="http://models:3", site="cluster")
+    assert Settings.from_env(airflow.environment(mine)) == mine
+
+
 # Probes
 
 
@@ -230,12 +235,12 @@ def test_a_heartbeat_from_before_the_start_does_not_count(monkeypatch: pytest.Mo
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        beat, port = 1767225610.0, server.server_port
-        assert airflow._healthy(port, "airflow-scheduler", beat - 1)
-        assert not airflow._healthy(port, "airflow-scheduler", beat + 1)
-        assert not airflow._healthy(port, "airflow-triggerer", beat - 1)
+        beat, base = 1767225610.0, f"http://127.0.0.1:{server.server_port}"
+        assert airflow.healthy(base, "airflow-scheduler", beat - 1)
+        assert not airflow.healthy(base, "airflow-scheduler", beat + 1)
+        assert not airflow.healthy(base, "airflow-triggerer", beat - 1)
         health["scheduler"]["status"] = "unhealthy"
-        assert not airflow._healthy(port, "airflow-scheduler", beat - 1)
+        assert not airflow.healthy(base, "airflow-scheduler", beat - 1)
         server.shutdown()
 
 

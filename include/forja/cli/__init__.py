@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from forja.cli import data, run, services
+from forja.cli import bench, data, run, services
 from forja.errors import ForjaError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 services.register(app)
 run.register(app)
 data.register(app)
+bench.register(app)
 
 
 @app.command("setup", help="Make the environments and fetch Kafka's jars (the launcher does this on the system's Python).")

@@ -59,7 +59,7 @@ def run(
 
 def summarize(settings: Settings, done: ChainRun) -> dict[str, Any]:
     """What a person wants to know after a run, from its receipts."""
-    from forja.chain import name
+    from forja.chain import name, overhead
     from forja.lake import Lake
     from forja.services import airflow
 
@@ -67,7 +67,8 @@ def summarize(settings: Settings, done: ChainRun) -> dict[str, Any]:
     user, password = airflow.login(settings)
     tasks = [_task(t, done.facts[name(t)]) for t in done.tasks]
     return {
-        "recipe": done.recipe, "run_id": done.run_id, "tasks": tasks, "variants": found.variants(), "gate": found.gate.facts,
+        "recipe": done.recipe, "run_id": done.run_id, "overhead_s_per_task": overhead(done), "tasks": tasks,
+        "variants": found.variants(), "gate": found.gate.facts,
         "test": {k: v for k, v in found.model.metrics.items() if k.startswith("test_")}, "release": done.release.facts,
         "receipt": done.release.path,
         "ui": {
@@ -175,5 +176,5 @@ class Board:
             for t in tasks:
                 colour = COLOURS.get(t.state, "dim")
                 mark: RenderableType = Spinner("dots") if t.state == "running" else Text("●", style=colour)
-                table.add_row(mark, name(t), f"[{colour}]{t.state}[/]", f"{t.seconds:.1f} s" if t.started else "")
+                table.add_row(mark, Text(name(t)), f"[{colour}]{t.state}[/]", f"{t.seconds:.1f} s" if t.started else "")
         return table

@@ -9,31 +9,27 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from forja.errors import BadInput
+from forja.checks import Checked, check
 
 STAGES = ("ingest", "transform", "train", "register", "optimize", "gate", "release")
 VARIANTS = ("fp32", "fp16", "int8")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
-def check(ok: bool, owner: object, name: str, value: object, allowed: str) -> None:
-    """Raise BadInput for field ``name`` of ``owner`` unless ``ok``."""
-    if not ok:
-        raise BadInput(
-            f"recipe field {type(owner).__name__}.{name}",
-            value=value,
-            allowed=allowed,
-            do="correct the field in include/forja/recipes/",
-        )
+METRICS = ("accuracy", "average_precision", "agreement")
+"""Numbers that optimize measures of a variant and a gate may judge: ``agreement`` is the share of answers that are fp32's."""
+CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+"""GPU generations that TensorRT-RTX builds for on a host without a GPU."""
+CRON = re.compile(r"@(hourly|daily|weekly|monthly)|(\S+ ){4}\S+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SklearnDigits:
+class SklearnDigits(Checked):
     """Samples: scikit-learn's 1,797 handwritten digits, 8x8 grey levels, as PNG images; needs no download."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CsvSamples:
+class CsvSamples(Checked):
     """Samples: the rows of a CSV file, as JSON objects."""
 
     key: str
@@ -43,7 +39,7 @@ class CsvSamples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Checked):
     """Where the events of a recipe come from."""
 
     topic: str
@@ -62,7 +58,8 @@ class Source:
     """What ingest does when Kafka has already deleted records that it had not read."""
 
     def __post_init__(self) -> None:
-        check(bool(re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", self.topic)), self, "topic", self.topic, "letters, digits, . _ -")
+        super().__post_init__()
+        check(bool(re.fullmatch(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,200}", self.topic)), self, "topic", self.topic, "letters, digits, . _ -")
         check(self.payload in ("image", "json"), self, "payload", self.payload, "image or json")
         check(1 <= self.partitions <= 1000, self, "partitions", self.partitions, "1 to 1000")
         check(self.max_records >= 1, self, "max_records", self.max_records, "1 or more")
@@ -70,7 +67,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Checked):
     """A deterministic split by the hash of a sample's key: a sample never changes sides when data grows."""
 
     validation: float = 0.1
@@ -81,14 +78,15 @@ class Split:
     """Turns the circle of hashes by this share: k / 5 with test = 0.2 gives fold k of five."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 < self.validation < 1, self, "validation", self.validation, "above 0, below 1")
         check(0 < self.test < 1, self, "test", self.test, "above 0, below 1")
-        check(self.validation + self.test < 1, self, "test", self.test, "validation + test below 1")
+        check(self.validation + self.test <= 0.9, self, "test", self.test, "validation + test 0.9 or less: training needs the rest")
         check(0 <= self.rotate < 1, self, "rotate", self.rotate, "0 or more, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(Checked):
     """A dataset of labelled images."""
 
     height: int
@@ -104,6 +102,7 @@ class Images:
     """Samples in one training shard."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(1 <= self.height <= 4096, self, "height", self.height, "1 to 4096 pixels")
         check(1 <= self.width <= 4096, self, "width", self.width, "1 to 4096 pixels")
         check(self.channels in (1, 3), self, "channels", self.channels, "1 or 3")
@@ -117,7 +116,7 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
+class Column(Checked):
     """One declared column of a table, a number or a category."""
 
     name: str
@@ -129,6 +128,7 @@ class Column:
     """Allowed categories; empty for a number. A category becomes one 0/1 feature for each value."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.name), self, "name", self.name, "a column name")
         number = self.low is not None and self.high is not None
         check(number != bool(self.values), self, "values", self.values, "either low and high, or values")
@@ -137,16 +137,21 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Derived:
+class Derived(Checked):
     """One feature computed from the declared columns."""
 
     name: str
     sql: str
     """Expression in Polars SQL over the declared columns, for example ``"torque" * "speed"``."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.name), self, "name", self.name, "a name")
+        check(bool(self.sql), self, "sql", self.sql, "an expression")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(Checked):
     """A dataset of labelled rows."""
 
     columns: tuple[Column, ...]
@@ -158,6 +163,7 @@ class Table:
     """Samples in one training shard."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = [c.name for c in self.columns] + [d.name for d in self.derived]
         check(bool(self.columns), self, "columns", self.columns, "one or more")
         check(len(set(names)) == len(names), self, "columns", names, "each name once")
@@ -183,7 +189,7 @@ def _check_classes(owner: object, classes: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cnn:
+class Cnn(Checked):
     """A small residual convolutional network for images."""
 
     width: int = 32
@@ -194,13 +200,14 @@ class Cnn:
     """Share of features dropped before the last layer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(1 <= self.width <= 2048, self, "width", self.width, "1 to 2048")
         check(1 <= self.blocks <= 8, self, "blocks", self.blocks, "1 to 8")
         check(0 <= self.dropout < 1, self, "dropout", self.dropout, "0 or more, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp:
+class Mlp(Checked):
     """A multilayer perceptron for tables."""
 
     hidden: tuple[int, ...] = (64, 64)
@@ -211,13 +218,14 @@ class Mlp:
     """Leaves of the decision tree that sets the bins of the piecewise linear encoding; 0 for no encoding."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.hidden) and min(self.hidden) >= 1, self, "hidden", self.hidden, "one or more layers of 1 or more")
         check(0 <= self.dropout < 1, self, "dropout", self.dropout, "0 or more, below 1")
         check(0 <= self.bins <= 256, self, "bins", self.bins, "0 to 256")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Checked):
     """How a model is trained."""
 
     epochs: int
@@ -237,6 +245,7 @@ class Training:
     """Weight of rare classes in the loss: 0 counts every sample once, 1 gives every class the same sum."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(1 <= self.epochs <= 10_000, self, "epochs", self.epochs, "1 to 10000")
         check(1 <= self.ranks <= 64, self, "ranks", self.ranks, "1 to 64")
         check(
@@ -251,7 +260,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimize:
+class Optimize(Checked):
     """Which variants of the model are made, and how."""
 
     variants: tuple[str, ...] = VARIANTS
@@ -263,6 +272,9 @@ class Optimize:
     """Largest batch of the engine's optimisation profile and of Triton's dynamic batcher."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(set(self.variants)) == len(self.variants), self, "variants", self.variants, "each variant once")
+        check(self.compute_capability in CAPABILITIES, self, "compute_capability", self.compute_capability, ", ".join(CAPABILITIES))
         check(
             bool(self.variants) and set(self.variants) <= set(VARIANTS) and self.variants[0] == "fp32",
             self, "variants", self.variants, f"fp32 first, then any of {', '.join(VARIANTS[1:])}",
@@ -272,7 +284,7 @@ class Optimize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
+class Gate(Checked):
     """One rule over measured numbers of a variant; a missing number fails it."""
 
     metric: str
@@ -283,11 +295,14 @@ class Gate:
     """Largest loss against the fp32 variant that passes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.metric in METRICS, self, "metric", self.metric, ", ".join(METRICS))
+        check(self.max_drop is None or self.max_drop >= 0, self, "max_drop", self.max_drop, "0 or more")
         check((self.least is None) != (self.max_drop is None), self, "least", self.least, "exactly one of least and max_drop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Checked):
     """How a release goes live."""
 
     golden_samples: int = 16
@@ -298,13 +313,14 @@ class Rollout:
     """Variant that goes live when no hardware has measured the variants' speed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.golden_samples >= 1, self, "golden_samples", self.golden_samples, "1 or more")
         check(0 < self.tolerance < 1, self, "tolerance", self.tolerance, "above 0, below 1")
         check(self.untimed in VARIANTS, self, "untimed", self.untimed, ", ".join(VARIANTS))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Triggers:
+class Triggers(Checked):
     """When the pipeline runs by itself."""
 
     schedule: str | None = None
@@ -315,12 +331,15 @@ class Triggers:
     """Seconds since the last admitted run before which new data start nothing."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        cron = self.schedule is None or bool(CRON.fullmatch(self.schedule))
+        check(cron, self, "schedule", self.schedule, "five fields of cron, or @hourly, @daily, @weekly, @monthly")
         check(self.min_new_rows >= 1, self, "min_new_rows", self.min_new_rows, "1 or more")
         check(self.cooldown_s >= 0, self, "cooldown_s", self.cooldown_s, "0 or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profiles:
+class Profiles(Checked):
     """Name of the profile that each stage runs in; a site file says what the name means there."""
 
     ingest: str = "light"
@@ -333,7 +352,7 @@ class Profiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """Everything about one model's path, from events to a served release."""
 
     name: str
@@ -356,6 +375,7 @@ class Recipe:
     profiles: Profiles = field(default_factory=Profiles)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(NAME.fullmatch(self.name)), self, "name", self.name, "a-z, then a-z, 0-9, _; 32 characters at most")
         check(bool(NAME.fullmatch(self.team)), self, "team", self.team, "a-z, then a-z, 0-9, _; 32 characters at most")
         check(bool(self.owner), self, "owner", self.owner, "a person or a group")

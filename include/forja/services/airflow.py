@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from forja import envs
 from forja.errors import Unavailable
@@ -38,6 +40,7 @@ def programs(settings: Settings) -> list[Program]:
     env = environment(settings)
     command = _command(settings)
     port = settings.ports["airflow"]
+    base = f"http://127.0.0.1:{port}"
     return [
         Program(
             name=name,
@@ -46,7 +49,7 @@ def programs(settings: Settings) -> list[Program]:
             cwd=settings.state / "airflow",
             env=env,
             ports=(Port(number=port, setting="airflow"),) if name == "airflow-api" else (),
-            ready=lambda started, name=name: _healthy(port, name, started),  # type: ignore[misc]
+            ready=lambda started, name=name: healthy(base, name, started),  # type: ignore[misc]
             stop_seconds=10,
         )
         for name, arguments in PARTS.items()
@@ -97,6 +100,8 @@ def environment(settings: Settings) -> dict[str, str]:
         **_own(settings),
         "PYTHONPATH": f"{ROOT / 'include'}:{ROOT / 'plugins'}",
         "DO_NOT_TRACK": "1",
+        # Airflow's own use of pathspec, which it would put into every task's log.
+        "PYTHONWARNINGS": "ignore:GitWildMatchPattern:DeprecationWarning",
         # setproctitle would overwrite the variables that tell whose process this is.
         "SPT_NOENV": "1",
         "NO_PROXY": ",".join(x for x in (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost") if x),
@@ -114,10 +119,11 @@ def _connections(settings: Settings) -> dict[str, str]:
 
 
 def _own(settings: Settings) -> dict[str, str]:
-    """Forja's own settings, as whoever ran ``forja up`` had them."""
+    """Forja's own settings, as whoever ran ``forja up`` had them: tasks have them from the connections, pages from here."""
     ports = {f"FORJA_PORT_{name.upper()}": str(settings.ports[name]) for name in PORTS}
-    places = {"FORJA_STATE": str(settings.state), "FORJA_CACHE": str(settings.cache)}
-    return {**ports, **places, "FORJA_SITE": settings.site, "FORJA_ENDPOINT": settings.endpoint}
+    places = {"FORJA_STATE": str(settings.state), "FORJA_CACHE": str(settings.cache), "FORJA_LAKE": settings.lake}
+    addresses = {"FORJA_KAFKA": settings.kafka, "MLFLOW_TRACKING_URI": settings.mlflow, "FORJA_ENDPOINT": settings.endpoint}
+    return {**ports, **places, **addresses, "FORJA_SITE": settings.site}
 
 
 def login(settings: Settings) -> tuple[str, str]:
@@ -138,19 +144,25 @@ def prepare(settings: Settings) -> None:
     home = private(settings.state / "airflow")
     user, password = login(settings)
     write_if_new(_passwords(settings), json.dumps({user: password}) + "\n")
-    site = load_site(settings.site)
-    pools = {name: {"slots": slots, "description": f"site {site.name}", "include_deferred": False} for name, slots in site.pools.items()}
+    wanted = pools(settings)
     version = envs.python("control", settings).parents[1].name
+    command, env = _command(settings), {**os.environ, **environment(settings)}
     with locked(settings, "airflow"):
         done = load_json(home / "prepared.json")
         if done.get("environment") != version or not (home / "airflow.db").is_file():
-            _airflow(settings, "db", "migrate")
+            run(command, "db", "migrate", env=env, cwd=home)
             done = {"environment": version}
             write(home / "prepared.json", json.dumps(done))
-        if done.get("pools") != pools:
-            write(home / "pools.json", json.dumps(pools, indent=1))
-            _airflow(settings, "pools", "import", str(home / "pools.json"))
-            write(home / "prepared.json", json.dumps({**done, "pools": pools}))
+        if done.get("pools") != wanted:
+            write(home / "pools.json", json.dumps(wanted, indent=1))
+            run(command, "pools", "import", str(home / "pools.json"), env=env, cwd=home)
+            write(home / "prepared.json", json.dumps({**done, "pools": wanted}))
+
+
+def pools(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The site's pools, as ``airflow pools import`` reads them."""
+    site = load_site(settings.site)
+    return {name: {"slots": slots, "description": f"site {site.name}", "include_deferred": False} for name, slots in site.pools.items()}
 
 
 def _command(settings: Settings) -> tuple[str, str]:
@@ -158,18 +170,19 @@ def _command(settings: Settings) -> tuple[str, str]:
     return str(python), str(python.parent / "airflow")
 
 
-def _airflow(settings: Settings, *arguments: str) -> None:
-    done = subprocess.run(
-        [*_command(settings), *arguments], env={**os.environ, **environment(settings)}, cwd=settings.state / "airflow",
-        capture_output=True, text=True, check=False, umask=0o077,
-    )  # fmt: skip
+def run(command: Sequence[str], *arguments: str, env: Mapping[str, str], cwd: Path) -> None:
+    """Run an airflow command to its end; Unavailable with its last words when it fails."""
+    done = subprocess.run([*command, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False, umask=0o077)
     if done.returncode:
         raise Unavailable(f"airflow {' '.join(arguments)} failed", value=(done.stdout + done.stderr)[-800:])
 
 
-def _healthy(port: int, name: str, started: float) -> bool:
-    """Whether a part is healthy by the api-server's word; a heartbeat from before ``started`` is its predecessor's."""
-    health = probes.http_json(f"http://127.0.0.1:{port}/api/v2/monitor/health")
+def healthy(base: str, name: str, started: float = 0.0) -> bool:
+    """Whether a part is healthy by the word of the api-server at ``base``.
+
+    A heartbeat from before ``started``, in seconds since 1970, is its predecessor's.
+    """
+    health = probes.http_json(f"{base}/api/v2/monitor/health")
     if name == "airflow-api":
         return bool(health)
     part = name.removeprefix("airflow-").replace("-", "_")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from forja.errors import ForjaError, Unavailable
@@ -51,7 +52,8 @@ class Airflow:
     def __exit__(self, *error: object) -> None:
         self._http.close()
 
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
+    def _ask(self, method: str, path: str, missing: Any = None, **options: Any) -> Any:
+        """The answer's JSON; ``missing`` for 404 when it is given."""
         import httpx
 
         for attempt in range(20):
@@ -63,6 +65,8 @@ class Airflow:
                     raise Unavailable("Airflow doesn't answer", value=self.url, do="./forja status; ./forja logs airflow-api") from error
                 time.sleep(1)
                 continue
+            if answer.status_code == 404 and missing is not None:
+                return missing
             if answer.status_code >= 400:
                 raise ForjaError(f"Airflow refused {method} {path}", value=f"{answer.status_code}: {answer.text[:300]}")
             return answer.json()
@@ -80,7 +84,8 @@ class Airflow:
             if any(d["dag_id"] == dag for d in found["dags"]):
                 return
             for error in self._ask("GET", "/api/v2/importErrors")["import_errors"]:
-                raise ForjaError(f"DAG file {error['filename']} doesn't import", value=error["stack_trace"][-600:])
+                if Path(error["filename"]).stem == dag.removesuffix("_ingest"):
+                    raise ForjaError(f"DAG file {error['filename']} doesn't import", value=error["stack_trace"][-600:])
             time.sleep(0.5)
         raise ForjaError(
             f"Airflow has no DAG {dag}", do=f"is there a file dags/{dag.removesuffix('_ingest')}.py? ./forja logs airflow-dag-processor"
@@ -110,14 +115,14 @@ class Airflow:
     def xcom(self, dag: str, run_id: str, task: TaskRun, key: str = "return_value") -> Any:
         """A value that a task pushed, None when it pushed none."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run_id}/taskInstances/{task.task}/xcomEntries/{key}"
-        answer = self._http.get(path, params={"map_index": task.map_index})
-        return answer.json()["value"] if answer.status_code == 200 else None
+        answer = self._ask("GET", path, params={"map_index": task.map_index}, missing={"value": None})
+        return answer["value"]
 
     def log(self, dag: str, run_id: str, task: TaskRun) -> list[str]:
         """Lines of the last try's log."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run_id}/taskInstances/{task.task}/logs/{max(task.tries, 1)}"
         found = self._ask("GET", path, params={"map_index": task.map_index, "full_content": True}, headers={"Accept": "application/json"})
-        return [str(line.get("event", "")) if isinstance(line, dict) else str(line) for line in found["content"]]
+        return [line for entry in found["content"] for line in _lines(entry)]
 
     def follow(self, dag: str, run_id: str, seen: Callable[[list[TaskRun]], None], *, limit_s: float) -> str:
         """Tell ``seen`` about the tasks until the run ends; its state.
@@ -137,3 +142,12 @@ class Airflow:
     def page(self, dag: str, run_id: str) -> str:
         """Address of a run in the UI."""
         return f"{self.url}/dags/{dag}/runs/{run_id}"
+
+
+def _lines(entry: Any) -> list[str]:
+    """Text of one log entry; of an exception its type and message, without the frames."""
+    if not isinstance(entry, dict):
+        return [str(entry)]
+    event = str(entry.get("event", ""))
+    errors = [f"{e.get('exc_type')}: {e.get('exc_value')}" for e in entry.get("error_detail") or []]
+    return ([] if event.startswith("::") else [event]) + errors

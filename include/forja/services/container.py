@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from forja.errors import BadInput, ForjaError, Unavailable
-from forja.profiles import load_site
-from forja.services import airflow, envoy, probes, supervisor, triton
+from forja.errors import BadInput, ForjaError
+from forja.services import airflow, envoy, supervisor, triton
 from forja.services.folders import locked, private, write, write_if_new
 from forja.services.program import Program
 from forja.settings import Settings
@@ -80,11 +78,9 @@ def prepare(settings: Settings, env: Mapping[str, str]) -> None:
     login = json.dumps({airflow.USER: _need(env, "FORJA_AIRFLOW_PASSWORD")}) + "\n"
     write_if_new(Path(_need(env, "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE")), login)
     make_bucket(settings.lake, env)
-    site = load_site(settings.site)
-    pools = {name: {"slots": slots, "description": f"site {site.name}", "include_deferred": False} for name, slots in site.pools.items()}
-    write(home / "pools.json", json.dumps(pools, indent=1))
-    _airflow("db", "migrate")
-    _airflow("pools", "import", str(home / "pools.json"))
+    write(home / "pools.json", json.dumps(airflow.pools(settings), indent=1))
+    airflow.run(["airflow"], "db", "migrate", env=env, cwd=home)
+    airflow.run(["airflow"], "pools", "import", str(home / "pools.json"), env=env, cwd=home)
 
 
 def make_bucket(lake: str, env: Mapping[str, str]) -> bool:
@@ -104,12 +100,6 @@ def make_bucket(lake: str, env: Mapping[str, str]) -> bool:
     return True
 
 
-def _airflow(*arguments: str) -> None:
-    done = subprocess.run(["airflow", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Unavailable(f"airflow {' '.join(arguments)} failed", value=(done.stdout + done.stderr)[-800:])
-
-
 def healthy(settings: Settings, name: str, env: Mapping[str, str]) -> bool:
     """Whether the program of this container is as it should be.
 
@@ -117,16 +107,13 @@ def healthy(settings: Settings, name: str, env: Mapping[str, str]) -> bool:
     """
     if name.startswith("airflow-"):
         base = _need(env, "AIRFLOW__CORE__EXECUTION_API_SERVER_URL").removesuffix("/execution/")
-        health = probes.http_json(f"{base}/api/v2/monitor/health")
-        part = name.removeprefix("airflow-").replace("-", "_")
-        return bool(health) if name == "airflow-api" else health.get(part, {}).get("status") == "healthy"
+        return airflow.healthy(base, name)
     if name == "envoy":
         (program,) = envoy.programs(settings)
         return program.ready(0.0)
     program = next(p for p in triton.programs(settings) if p.name == name)
-    with supervisor.connection(settings, name) as rpc:
-        state = rpc.getProcessInfo(name)["statename"]
-    return state == "STOPPED" or (state == "RUNNING" and program.ready(0.0))
+    state = supervisor.process(settings, name).state
+    return state == "stopped" or (state == "running" and program.ready(0.0))
 
 
 def _need(env: Mapping[str, str], name: str) -> str:

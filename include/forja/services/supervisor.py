@@ -224,7 +224,17 @@ def processes(settings: Settings) -> dict[str, Process]:
             found = supervisor.getAllProcessInfo()
     except Unavailable:
         return {}
-    return {p["name"]: Process(name=p["name"], state=p["statename"].lower(), pid=p["pid"], started=float(p["start"])) for p in found}
+    return {p["name"]: _process(p) for p in found}
+
+
+def process(settings: Settings, name: str) -> Process:
+    """What the supervisord that keeps program ``name`` knows about it; Unavailable when it doesn't run."""
+    with connection(settings, name) as supervisor:
+        return _process(supervisor.getProcessInfo(name))
+
+
+def _process(info: dict[str, Any]) -> Process:
+    return Process(name=info["name"], state=info["statename"].lower(), pid=info["pid"], started=float(info["start"]))
 
 
 def start_program(settings: Settings, name: str) -> None:

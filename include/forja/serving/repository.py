@@ -156,12 +156,14 @@ def remove(place: Slot, model: str) -> None:
 
 
 def installed(place: Slot, model: str) -> Release | None:
-    """The release in a slot, None for an empty one; Damaged when its release.json can't be read."""
+    """The release in a slot, None for an empty one; Damaged when its release.json can't be read or is of another schema."""
     path = place.repository / model / "release.json"
     if not path.is_file():
         return None
     try:
         body = json.loads(path.read_bytes())
+        if body["schema"] != SCHEMA:
+            raise Damaged("schema of the release in a slot", value=body["schema"], allowed=str(SCHEMA), do="release again")
         del body["identity"]
         return Release(**{**body, "classes": tuple(body["classes"]), "shape": tuple(body["shape"])})
     except (ValueError, KeyError, TypeError) as error:

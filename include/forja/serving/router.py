@@ -7,6 +7,7 @@ somebody else was faster. Envoy reads its routes from files (xDS over the file s
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -166,7 +167,11 @@ class EnvoyRouter:
 
 
 def table(routes: list[Route]) -> dict[str, Any]:
-    """Envoy's route configuration: one entry for each model, and 404 for the rest, Triton's control API included."""
+    """Envoy's route configuration: what a client may ask of each model, and 404 for the rest.
+
+    Triton has more under a model's path: its configuration and ``trace/setting``, which a POST changes; loading and unloading
+    lie beside it. None of that is for clients, so what passes is named here, not what is kept out.
+    """
     # Inference changes nothing, so a request may be sent again. A killed Triton is back within seconds (its supervisor
     # restarts it): connections are refused until the model is loaded, and what was in flight is reset. The back-off is
     # random, up to 0.1, 0.2, 0.4, 0.8 s and then 1.5 s: 24 tries last 16 s, and 10 s or more in 998 of 1000 cases. Not
@@ -187,11 +192,24 @@ def table(routes: list[Route]) -> dict[str, Any]:
         }
         if route.mirror:
             action["request_mirror_policies"] = [{"cluster": f"{route.model}-{route.mirror}"}]
-        entries.append({"match": {"path_separated_prefix": f"/v2/models/{route.model}"}, "route": action})
+        entries += [{"match": match, "route": action} for match in _matches(route.model)]
     unknown = {"status": 404, "body": {"inline_string": '{"error":"no model is released under this name"}'}}
     entries.append({"match": {"prefix": "/"}, "direct_response": unknown})
     host = {"name": "models", "domains": ["*"], "routes": entries, "request_body_buffer_limit": BODY_BYTES}
     return {"@type": f"{envoy.TYPE}.config.route.v3.RouteConfiguration", "name": envoy.ROUTES, "virtual_hosts": [host]}
+
+
+def _matches(model: str) -> list[dict[str, Any]]:
+    """Requests for inference, readiness, statistics and metadata of a model or of one version, by method and whole path.
+
+    https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
+    """
+    path = rf"/v2/models/{re.escape(model)}(/versions/[0-9]+)?"
+    allowed = {"POST": f"{path}/infer", "GET": f"{path}(/ready|/stats)?"}
+    return [
+        {"safe_regex": {"regex": regex}, "headers": [{"name": ":method", "string_match": {"exact": method}}]}
+        for method, regex in allowed.items()
+    ]
 
 
 def clusters(settings: Settings, routes: list[Route]) -> list[dict[str, Any]]:

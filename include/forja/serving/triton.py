@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from forja.errors import BadInput, Refused, Unavailable
 from forja.serving.repository import INPUT, OUTPUT
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+CONNECT_S = 5.0
+"""Seconds that a connection may take."""
 ANSWER_S = 40.0
 """Seconds that an answer may take: more than the router's own time-out, so that its verdict is seen."""
 
@@ -66,38 +68,74 @@ def load_error(address: str, model: str, version: str) -> str:
     return ""
 
 
-def infer(address: str, model: str, inputs: NDArray[np.float32], version: str = "") -> NDArray[np.float32]:
-    """Probabilities float32 [N, classes] of raw inputs float32 [N, *shape], from Triton or from a router before it.
+class Endpoint:
+    """A model at Triton, or at a router before it, over one connection (KServe v2 protocol).
 
     Args:
         address: host:port.
         model: its name.
-        inputs: N must not be above the model's largest batch.
-        version: a version, or the one that is served.
-
-    Raises:
-        BadInput: the server refuses the request itself (shape, type, name).
-        Unavailable: no answer, or the server is out of order.
+        max_batch: larger inputs are asked for in parts of this size; 0 for all at once.
     """
-    import numpy
-    from tritonclient import http as tritonhttp
-    from tritonclient.utils import InferenceServerException
 
-    client = tritonhttp.InferenceServerClient(address, connection_timeout=2.0, network_timeout=ANSWER_S)
-    try:
-        tensor = tritonhttp.InferInput(INPUT, list(inputs.shape), "FP32")
+    def __init__(self, address: str, model: str, max_batch: int = 0) -> None:
+        from tritonclient import http as tritonhttp
+
+        self.address, self.model, self.max_batch, self._http = address, model, max_batch, tritonhttp
+        self._client = tritonhttp.InferenceServerClient(address, connection_timeout=CONNECT_S, network_timeout=ANSWER_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def ask(self, inputs: NDArray[np.float32], version: str = "") -> tuple[NDArray[np.float32], str]:
+        """Probabilities float32 [N, classes] of raw inputs float32 [N, *shape], and the version that answered last.
+
+        Args:
+            inputs: one sample or more.
+            version: a version, or the one that is served.
+
+        Raises:
+            BadInput: the server refuses the input itself (its shape or its type).
+            Unavailable: no answer, no release under this name, or the server is out of order.
+        """
+        import numpy
+
+        step = self.max_batch or len(inputs)
+        answers = [self._ask(inputs[i : i + step], version) for i in range(0, len(inputs), step)]
+        return numpy.concatenate([probabilities for probabilities, _ in answers]), answers[-1][1]
+
+    def _ask(self, inputs: NDArray[np.float32], version: str) -> tuple[NDArray[np.float32], str]:
+        import numpy
+        from tritonclient.utils import InferenceServerException
+
+        tensor = self._http.InferInput(INPUT, list(inputs.shape), "FP32")
         tensor.set_data_from_numpy(numpy.ascontiguousarray(inputs, dtype=numpy.float32))
-        answer = client.infer(model, [tensor], model_version=version, outputs=[tritonhttp.InferRequestedOutput(OUTPUT)])
-        found: NDArray[np.float32] = answer.as_numpy(OUTPUT)
-        return found
-    except InferenceServerException as error:
-        if str(error.status()) in ("400", "404"):
-            raise BadInput(f"request to {model} at {address}", value=error.message()) from error
-        raise Unavailable(f"{model} at {address}", value=error.message(), do="./forja status") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unavailable(f"{model} at {address} doesn't answer", value=str(error) or type(error).__name__, do="./forja status") from error
-    finally:
-        client.close()
+        wanted = [self._http.InferRequestedOutput(OUTPUT)]
+        try:
+            answer = self._client.infer(self.model, [tensor], model_version=version, outputs=wanted)
+            found = answer.as_numpy(OUTPUT)
+        except InferenceServerException as error:
+            if str(error.status()) == "400":
+                what = f"model {self.model} at {self.address} refuses the input"
+                raise BadInput(what, value=error.message(), allowed=f"float32 {list(inputs.shape)}") from error
+            raise self._away(error.message()) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._away(str(error) or type(error).__name__) from error
+        if found is None:
+            raise self._away(f"an answer without {OUTPUT}")
+        return found, str(answer.get_response()["model_version"])
+
+    def _away(self, why: str) -> Unavailable:
+        do = f"./forja status; if there is no release yet, make run RECIPE={self.model}"
+        return Unavailable(f"model {self.model} at {self.address} doesn't answer", value=why, do=do)
+
+
+def infer(address: str, model: str, inputs: NDArray[np.float32], version: str = "") -> NDArray[np.float32]:
+    """One request over a connection of its own: see ``Endpoint.ask``."""
+    with Endpoint(address, model) as endpoint:
+        return endpoint.ask(inputs, version)[0]
 
 
 def smoke(address: str, model: str, golden: Golden, *, tolerance: float, max_batch: int, version: str = "") -> float:
@@ -108,22 +146,21 @@ def smoke(address: str, model: str, golden: Golden, *, tolerance: float, max_bat
 
     Raises:
         Refused: the answers have another shape, aren't finite, or differ by more than ``tolerance``.
-        BadInput, Unavailable: see ``infer``.
+        BadInput, Unavailable: see ``Endpoint.ask``.
     """
     import numpy
 
-    worst = 0.0
-    for start in range(0, len(golden.inputs), max_batch):
-        wanted = golden.probabilities[start : start + max_batch]
-        found = infer(address, model, golden.inputs[start : start + max_batch], version)
-        if found is None or found.shape != wanted.shape:
-            shape = None if found is None else list(found.shape)
-            raise Refused(f"smoke test of {model} at {address}: shape of the answers", value=shape, allowed=str(list(wanted.shape)))
-        worst = max(worst, float(numpy.abs(found - wanted).max()))
-        # Written so that NaN is refused.
-        if not worst <= tolerance or not numpy.isfinite(found).all():
-            what = f"smoke test of {model} at {address}: difference from the golden answers"
-            raise Refused(what, value=worst, allowed=f"finite answers, up to {tolerance}")
+    wanted = golden.probabilities
+    with Endpoint(address, model, max_batch) as endpoint:
+        found, _ = endpoint.ask(golden.inputs, version)
+    if found.shape != wanted.shape:
+        what = f"smoke test of {model} at {address}: shape of the answers"
+        raise Refused(what, value=list(found.shape), allowed=str(list(wanted.shape)))
+    worst = float(numpy.abs(found - wanted).max())
+    # Written so that NaN is refused.
+    if not worst <= tolerance:
+        what = f"smoke test of {model} at {address}: difference from the golden answers"
+        raise Refused(what, value=worst, allowed=f"finite answers, up to {tolerance}")
     return worst
 
 

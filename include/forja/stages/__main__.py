@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+from forja import recipes
 from forja.errors import BadInput, ForjaError
 from forja.recipes.base import STAGES
 from forja.settings import Settings
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         receipt, written = harness.execute(
-            Settings.from_env(), arguments.verb, arguments.recipe, parse_refs(arguments.inputs),
+            Settings.from_env(), arguments.verb, recipes.load(arguments.recipe), parse_refs(arguments.inputs),
             variant=arguments.variant, code=arguments.code,
         )  # fmt: skip
     except ForjaError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from forja import receipts
-from forja.errors import BadInput
+from forja.errors import BadInput, Damaged
 from forja.lake import Lake, sha256
 from forja.receipts import Input, Output, Receipt
 from forja.settings import Settings
@@ -64,6 +64,8 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     report: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    obsolete: list[str] = field(default_factory=list)
+    """Objects in the lake that the receipt makes useless; they are removed once it is written."""
     refused: str = ""
     """Why a gate said no: the receipt is written as evidence, then the stage fails with Refused."""
 
@@ -98,6 +100,8 @@ class Work:
         path = f"{self.folder}/{digest[:12]}-{name}"
         if self.lake.create(path, content):
             self.written.append(path)
+        elif not self.lake.holds(path, digest):
+            self.lake.replace(path, content)  # damaged since: its name says what it must hold
         return Output(path=path, sha256=digest, bytes=len(content))
 
     def receipt(self, item: Input) -> Receipt:
@@ -107,7 +111,10 @@ class Work:
     def load(self, receipt: Receipt, name: str) -> bytes:
         """An output of another stage, its digest checked."""
         output = receipt.output(name)
-        return self.lake.read(output.path, output.sha256)
+        try:
+            return self.lake.read(output.path, output.sha256)
+        except Damaged as error:
+            raise Damaged(str(error), do=f"remove {receipt.path} from the lake and run its stage again: {receipt.command}") from error
 
 
 def one_variant(variant: str, allowed: tuple[str, ...]) -> str:

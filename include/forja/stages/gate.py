@@ -48,8 +48,10 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
         body = json.loads(work.load(receipt, "measured.json"))
         measured[variant] = gates.Measured(metrics=body["metrics"], latency_ms=body["latency_ms"])
     decision = gates.decide(plan.parts.gates, plan.parts.variants, measured, plan.parts.untimed)
-    for line in (lines := gates.table(decision)):
-        work.say(line)
+    lines = gates.table(decision)
+    if not decision.chosen:  # the report of a refused receipt is not printed at the end
+        for line in lines:
+            work.say(line)
     facts: dict[str, Any] = {
         "chosen": decision.chosen or None,
         "verdicts": [dataclasses.asdict(v) for v in decision.verdicts],

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forja import claims, keys, receipts, recipes, stages
+from forja import claims, engines, keys, receipts, stages
 from forja.errors import BadInput, Conflict, Refused
-from forja.lake import Lake, table_digest
+from forja.lake import Lake, sha256, split_table_ref, table_digest
 from forja.receipts import Input, Receipt
 from forja.recipes.base import Recipe
 from forja.settings import Settings
 from forja.stages.base import Outcome, Plan, Stage, Work
+from forja.stages.ingest import table_path
 
 Refs = Mapping[str, list[str]]
+MAKER = {"dataset": "transform", "training": "train", "model": "register", "optimize": "optimize", "gate": "gate"}
+"""Stage that makes each input; ``raw`` is a version of the table that ingest writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +50,13 @@ def prepare(lake: Lake, verb: str, recipe: Recipe, refs: Refs, variant: str = ""
         BadInput: an input that the stage doesn't know or that is missing, or a variant that the recipe doesn't make.
     """
     module = stages.load(verb)
-    inputs = resolve(lake, module.STAGE, verb, refs)
+    inputs = resolve(lake, module.STAGE, verb, recipe, refs)
     plan = module.plan(recipe, inputs, variant)
     code = keys.code_digest(f"forja.stages.{verb}", module.STAGE.environment)
-    key = keys.stage_key(stage=verb, recipe=recipe.name, variant=plan.variant, parts=plan.parts, inputs=inputs, code=code)
+    key = keys.stage_key(
+        stage=verb, recipe=recipe.name, variant=plan.variant, parts=plan.parts, inputs=inputs, code=code,
+        hardware=engines.signature() if module.STAGE.hardware else "",
+    )  # fmt: skip
     folder = receipts.place(recipe.team, recipe.name, verb, key)
     receipt = existing(lake, folder) if module.STAGE.repeat == "memoised" else None
     return Prepared(
@@ -59,7 +65,7 @@ def prepare(lake: Lake, verb: str, recipe: Recipe, refs: Refs, variant: str = ""
     )  # fmt: skip
 
 
-def resolve(lake: Lake, stage: Stage, verb: str, refs: Refs) -> dict[str, list[Input]]:
+def resolve(lake: Lake, stage: Stage, verb: str, recipe: Recipe, refs: Refs) -> dict[str, list[Input]]:
     """Digest of every input's content."""
     if set(refs) != set(stage.inputs):
         raise BadInput(
@@ -71,12 +77,22 @@ def resolve(lake: Lake, stage: Stage, verb: str, refs: Refs) -> dict[str, list[I
         if not refs[name] or (len(refs[name]) > 1 and name not in stage.many):
             raise BadInput(f"input {name} of {verb}", value=list(refs[name]), allowed="one reference")
         # Mapped tasks end in any order: the key must not depend on it.
-        inputs[name] = [Input(ref=ref, digest=_digest(lake, name, ref)) for ref in sorted(refs[name])]
+        inputs[name] = [Input(ref=ref, digest=_digest(lake, recipe, name, ref)) for ref in sorted(refs[name])]
     return inputs
 
 
-def _digest(lake: Lake, name: str, ref: str) -> str:
-    return table_digest(lake, ref) if name == "raw" else receipts.load(lake, ref).digest
+def _digest(lake: Lake, recipe: Recipe, name: str, ref: str) -> str:
+    """Digest of one input, which must be of this recipe and of the stage that makes such an input."""
+    if name == "raw":
+        path, table = split_table_ref(ref)[0], table_path(recipe.team, recipe.name)
+        if path != table:
+            raise BadInput(f"input raw of {recipe.name}", value=ref, allowed=f"{table}@VERSION")
+        return table_digest(lake, ref)
+    receipt = receipts.load(lake, ref)
+    if (receipt.team, receipt.recipe, receipt.stage) != (recipe.team, recipe.name, MAKER[name]):
+        what = f"{receipt.stage} receipt of {receipt.team}/{receipt.recipe}"
+        raise BadInput(f"input {name} of {recipe.name}", value=f"{ref}, a {what}", allowed=f"a {MAKER[name]} receipt of {recipe.name}")
+    return receipt.digest
 
 
 def existing(lake: Lake, folder: str) -> Receipt | None:
@@ -94,7 +110,7 @@ def command(verb: str, recipe: str, refs: Refs, variant: str) -> str:
     return " ".join([f"./forja stage {verb} --recipe {recipe}", *inputs, *([f"--variant {variant}"] if variant else [])])
 
 
-def execute(settings: Settings, verb: str, recipe_name: str, refs: Refs, *, variant: str = "", code: str = "") -> tuple[Receipt, bool]:
+def execute(settings: Settings, verb: str, recipe: Recipe, refs: Refs, *, variant: str = "", code: str = "") -> tuple[Receipt, bool]:
     """Do the work of a stage, or adopt it.
 
     Args:
@@ -107,7 +123,7 @@ def execute(settings: Settings, verb: str, recipe_name: str, refs: Refs, *, vari
         ForjaError: see the stage.
     """
     lake = Lake(settings.lake)
-    prepared = prepare(lake, verb, recipes.load(recipe_name), refs, variant)
+    prepared = prepare(lake, verb, recipe, refs, variant)
     print(prepared.command, flush=True)
     if code and code != prepared.code:
         raise BadInput(f"code of stage {verb}", value=prepared.code, allowed=code, do="build the image from the commit that Airflow runs")
@@ -142,10 +158,10 @@ def _under_claim(settings: Settings, lake: Lake, prepared: Prepared, claim: clai
         found = existing(lake, prepared.folder)
         if found is not None:
             return found, False
-    scratch = Path(tempfile.mkdtemp(prefix=f"forja-{prepared.plan.stage}-"))
+    scratch = _scratch(lake, prepared)
     work = Work(
         settings=settings, lake=lake, folder=prepared.folder, key=prepared.key, scratch=scratch, check=claim.check,
-        previous=_last(lake, prepared.folder),
+        previous=last(lake, prepared.folder),
     )  # fmt: skip
     started, clock = _now(), time.monotonic()
     try:
@@ -153,7 +169,18 @@ def _under_claim(settings: Settings, lake: Lake, prepared: Prepared, claim: clai
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     receipt = _receipt(prepared, outcome, started, time.monotonic() - clock)
-    return _write(lake, prepared, receipt, work)
+    written = _write(lake, prepared, receipt, work)
+    for path in outcome.obsolete:
+        lake.delete(path)
+    return written
+
+
+def _scratch(lake: Lake, prepared: Prepared) -> Path:
+    """An empty folder of this very work: what a killed try left in it is removed by the next."""
+    folder = Path(tempfile.gettempdir()) / f"forja-{prepared.plan.stage}-{prepared.key[:16]}-{sha256(lake.root.encode())[:8]}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _write(lake: Lake, prepared: Prepared, receipt: Receipt, work: Work) -> tuple[Receipt, bool]:
@@ -177,23 +204,26 @@ def _write(lake: Lake, prepared: Prepared, receipt: Receipt, work: Work) -> tupl
 def _append(lake: Lake, folder: str, receipt: Receipt) -> tuple[Receipt, bool]:
     """Receipts of a reconciled stage are numbered; when the facts are the last one's, nothing changed and it is adopted."""
     for _ in range(100):
-        past = _numbered(lake, folder)
+        past = numbered(lake, folder)
         if past:
             last = receipts.load(lake, past[-1])
             if last.facts == receipt.facts and last.outputs == receipt.outputs:
                 return last, False
-        path = f"{folder}/receipt-{len(past) + 1:06d}.json"
+        number = int(past[-1].rpartition("-")[2].removesuffix(".json")) + 1 if past else 1
+        path = f"{folder}/receipt-{number:06d}.json"
         if lake.create(path, receipt.to_json()):
             return receipts.load(lake, path), True
     raise Conflict(f"receipts of {folder}: others wrote at the same moment, a hundred times")
 
 
-def _numbered(lake: Lake, folder: str) -> list[str]:
+def numbered(lake: Lake, folder: str) -> list[str]:
+    """Receipts of a reconciled stage, oldest first."""
     return [p for p in lake.list(folder) if p.rpartition("/")[2].startswith("receipt-")]
 
 
-def _last(lake: Lake, folder: str) -> Receipt | None:
-    past = _numbered(lake, folder)
+def last(lake: Lake, folder: str) -> Receipt | None:
+    """What a reconciled stage did last, when its outputs are still there."""
+    past = numbered(lake, folder)
     receipt = receipts.load(lake, past[-1]) if past else None
     return receipt if receipt is not None and receipts.intact(lake, receipt) else None
 

@@ -10,12 +10,11 @@ Kafka deleted records before they were read; raise the topic's retention, then s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from forja import events
+from forja import events, tables
 from forja.errors import BadInput, Conflict
 from forja.lake import Lake, sha256
 from forja.recipes.base import Recipe, Source
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 STAGE = Stage(environment="ml", repeat="reconciled")
 BATCH_RECORDS = 20_000
 BATCH_BYTES = 64 << 20
+LAST_MS = 253_402_300_799_999
+"""End of the year 9999, in milliseconds since 1970: a producer may write any number as a record's time."""
 IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -57,52 +58,57 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     """Read to the end that the topic has now.
 
     Raises:
-        BadInput: no such topic, no record ever, or records that Kafka deleted before they were read.
+        BadInput: no such topic, no record ever, records that Kafka deleted before they were read, or fewer than were read.
         Conflict: other writers were faster five times in a row.
-        Unavailable: Kafka doesn't answer.
+        Unavailable: Kafka doesn't answer, at first or any more.
     """
     from kafka import TopicPartition
 
     source, bootstrap = plan.parts.source, work.settings.kafka
     topic = events.require(bootstrap, source, plan.recipe)
     path = table_path(plan.team, plan.recipe)
-    ids = {p: f"{topic.id}-{p}" for p in topic.partitions}
-    rows = bad = 0
+    rows = bad = failures = 0
     with events.consumer(bootstrap, group(plan.recipe)) as client:
-        partitions = {p: TopicPartition(topic.name, p) for p in topic.partitions}
-        client.assign(list(partitions.values()))
-        ends = {tp.partition: end for tp, end in client.end_offsets(list(partitions.values())).items()}
-        begins = {tp.partition: begin for tp, begin in client.beginning_offsets(list(partitions.values())).items()}
-        table, failures = open_table(work.lake, path), 0
+        partitions = [TopicPartition(topic.name, p) for p in topic.partitions]
+        client.assign(partitions)
+        ends = client.end_offsets(partitions, timeout_ms=events.ASK_MS)
+        table = open_table(work.lake, path)
         while rows < source.max_records:
-            starts = {p: _start(table, ids[p], begins[p], source, topic.name) for p in partitions}
-            due = {p: start for p, start in starts.items() if start < ends[p]}
-            if not due:
+            # What the table holds now, before the batch is read: the commit must find it unchanged.
+            held = {p: table.transaction_version(app(topic, p.partition)) for p in partitions}
+            starts = _starts(client, held, topic, source)
+            if all(start >= ends[p] for p, start in starts.items()):
                 break
-            records, nexts = _read(client, {partitions[p]: s for p, s in due.items()}, ends, source.max_records - rows)
+            records, nexts = _read(client, starts, ends, source.max_records - rows, work)
             batch = to_rows(records, source, topic.id)
+            versions = {app(topic, p.partition): n for p, n in nexts.items()}
             try:
-                commit(table, batch, {ids[p]: n for p, n in nexts.items()}, {ids[p]: table.transaction_version(ids[p]) for p in nexts})
+                commit(table, batch, versions, {app(topic, p.partition): held[p] for p in nexts})
+                failures = 0
+                rows, bad = rows + batch.num_rows, bad + batch.num_rows - batch["error"].null_count
+                work.say(f"{rows} records, {bad} of them bad")
             except Conflict:
                 failures += 1
                 if failures == 5:
                     raise
-                table = open_table(work.lake, path)
-                continue
-            failures = 0
-            rows += batch.num_rows
-            bad += batch.num_rows - batch["error"].null_count
             table = open_table(work.lake, path)
-            work.say(f"{rows} records, {bad} of them bad")
-        offsets = {p: _start(table, ids[p], begins[p], source, topic.name) for p in partitions}
-        _tell_group(client, {partitions[p]: o for p, o in offsets.items()})
+        held = {p: table.transaction_version(app(topic, p.partition)) for p in partitions}
+        offsets = _starts(client, held, topic, source)
+        _tell_group(client, offsets)
     if table.version() == 0:
         raise BadInput(f"Kafka topic {topic.name} has no records", allowed="one record or more", do=f"./forja produce {plan.recipe}")
     return Outcome(
         metrics={"rows": rows, "bad": bad},
-        facts={"raw": f"{path}@{table.version()}", "topic_id": topic.id, "offsets": {str(p): o for p, o in offsets.items()}},
+        facts={
+            "raw": f"{path}@{table.version()}", "topic_id": topic.id, "offsets": {str(p.partition): o for p, o in offsets.items()},
+        },
         report=[f"{rows} records from topic {topic.name}, {bad} of them bad, into {path} version {table.version()}"],
-    )
+    )  # fmt: skip
+
+
+def app(topic: events.Topic, partition: int) -> str:
+    """Id of the application transaction that holds the next offset of a partition."""
+    return f"{topic.id}-{partition}"
 
 
 def open_table(lake: Lake, path: str) -> DeltaTable:
@@ -162,59 +168,81 @@ def commit(table: DeltaTable, rows: pa.Table, versions: Mapping[str, int], expec
         raise Conflict("another writer committed to the raw table first", value=str(error)) from error
 
 
-def _start(table: DeltaTable, app: str, begin: int, source: Source, topic: str) -> int:
-    known = table.transaction_version(app)
+def _starts(client: Any, held: Mapping[Any, int | None], topic: events.Topic, source: Source) -> dict[Any, int]:
+    """Offset at which each partition goes on, from what the table holds and what Kafka has now."""
+    begins = client.beginning_offsets(list(held), timeout_ms=events.ASK_MS)
+    # Asked each time: another ingest may have read beyond the end that this one began with.
+    ends = client.end_offsets(list(held), timeout_ms=events.ASK_MS)
+    return {p: _start(known, begins[p], ends[p], app(topic, p.partition), source) for p, known in held.items()}
+
+
+def _start(known: int | None, begin: int, end: int, app: str, source: Source) -> int:
     if known is None:
         return begin
     if begin > known and source.lost_offsets == "refuse":
         raise BadInput(
-            f"topic {topic}: Kafka deleted records before they were read", value=f"offsets {known} to {begin - 1} of {app}",
+            f"topic {source.topic}: Kafka deleted records before they were read", value=f"offsets {known} to {begin - 1} of {app}",
             do='raise the retention of the topic, then set lost_offsets="accept" in the recipe to go on without them',
+        )  # fmt: skip
+    if known > end:
+        raise BadInput(
+            f"topic {source.topic}: Kafka lost records that were read, and gives their offsets to others",
+            value=f"the table goes on at offset {known} of {app}, Kafka ends at {end}",
+            do="delete the topic, make it again and produce again: it gets another id, and is read from its beginning",
         )  # fmt: skip
     return max(known, begin)
 
 
-def _read(client: Any, starts: Mapping[Any, int], ends: Mapping[int, int], most: int) -> tuple[list[Any], dict[int, int]]:
+def _read(client: Any, starts: Mapping[Any, int], ends: Mapping[Any, int], most: int, work: Work) -> tuple[list[Any], dict[Any, int]]:
     """Up to one batch of records below ``ends``, and the next offset of each partition that was read."""
-    client.pause(*client.assignment())
-    client.resume(*starts)
-    for partition, offset in starts.items():
+    due = {p: start for p, start in starts.items() if start < ends[p]}
+    client.pause(*starts)
+    client.resume(*due)
+    for partition, offset in starts.items():  # of all: the client refuses to poll while one has no position
         client.seek(partition, offset)
     records: list[Any] = []
-    size, taken = 0, dict.fromkeys(starts, 0)
-    limit = min(BATCH_RECORDS, most)
-    nexts = {p: s for p, s in starts.items()}
-    while len(records) < limit and size < BATCH_BYTES and any(nexts[p] < ends[p.partition] for p in starts):
-        for partition, polled in client.poll(timeout_ms=1000, max_records=limit - len(records)).items():
-            fresh = [r for r in polled if r.offset < ends[partition.partition]]
+    size, limit, nexts = 0, min(BATCH_RECORDS, most), due
+    moved = events.watch(work.settings.kafka)
+    while len(records) < limit and size < BATCH_BYTES and any(nexts[p] < ends[p] for p in due):
+        work.check()
+        for partition, polled in events.poll(client, timeout_ms=1000, max_records=limit - len(records)).items():
+            fresh = [r for r in polled if r.offset < ends[partition]]
             records += fresh
             size += sum(len(r.value or b"") for r in fresh)
-            taken[partition] += len(fresh)
         # Compacted and transactional topics have gaps: the position, not the last record, says where to go on.
-        nexts = {p: min(client.position(p), ends[p.partition]) for p in starts}
-    return records, {p.partition: n for p, n in nexts.items() if n > starts[p]}
+        nexts = {p: min(client.position(p), ends[p]) for p in due}
+        moved(nexts)
+    return records, {p: n for p, n in nexts.items() if n > due[p]}
 
 
 def to_rows(records: list[Any], source: Source, topic_id: str) -> pa.Table:
-    """Kafka records as rows of the raw table."""
+    """Kafka records as rows of the raw table; whatever a record holds, it gives a row."""
     import pyarrow as pa
 
     rows = []
     for record in records:
-        key = (record.key or b"").decode(errors="replace")
+        key, key_problem = _text(record.key or b"", "key")
         labels = [value for name, value in record.headers or [] if name == source.label_header]
-        label = labels[0].decode(errors="replace") if labels and labels[0] is not None else None
+        label, label_problem = _text(labels[0], "label") if labels and labels[0] is not None else (None, None)
         payload = record.value or b""
         rows.append({
             "key": key, "label": label, "payload": payload, "sha256": sha256(payload),
-            "error": problem(key, label, payload, source), "topic_id": topic_id, "partition": record.partition,
-            "offset": record.offset, "time": record.timestamp * 1000,
+            "error": key_problem or label_problem or problem(key, label, payload, source), "topic_id": topic_id,
+            "partition": record.partition, "offset": record.offset, "time": min(max(record.timestamp or 0, 0), LAST_MS) * 1000,
         })  # fmt: skip
     return pa.Table.from_pylist(rows, schema=pa.schema(schema()))
 
 
+def _text(data: bytes, name: str) -> tuple[str, str | None]:
+    """UTF-8 as text, and None; for other bytes an escaped form, and the problem."""
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError:
+        return data.decode(errors="backslashreplace"), f"{name} is no UTF-8"
+
+
 def problem(key: str, label: str | None, payload: bytes, source: Source) -> str | None:
-    """Why a record can't be used, None when it can. Whether an image decodes is transform's question."""
+    """Why a record can't be used, None when it can; never raises. Whether an image decodes is transform's question."""
     if not key:
         return "no key"
     if label is None:
@@ -223,10 +251,7 @@ def problem(key: str, label: str | None, payload: bytes, source: Source) -> str 
         return "no value"
     if source.payload == "image":
         return None if payload.startswith(IMAGE_MAGIC) else "neither PNG nor JPEG"
-    try:
-        return None if isinstance(json.loads(payload), dict) else "JSON, but no object"
-    except ValueError:
-        return "no JSON"
+    return tables.json_object(payload)[1]
 
 
 def _tell_group(client: Any, offsets: Mapping[Any, int]) -> None:

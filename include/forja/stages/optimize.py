@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forja.lake import canonical
-from forja.recipes.base import Recipe
+from forja.recipes.base import Images, Recipe, Table
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work, one_variant
-
-if TYPE_CHECKING:
-    pass
 
 STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset", "model"), variants=True, hardware=True)
 
@@ -27,7 +24,7 @@ STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset", "model"), 
 class Parts:
     """What optimize reads of the recipe."""
 
-    dataset: Any
+    dataset: Images | Table
     metric: str
     calibration_samples: int
     compute_capability: str

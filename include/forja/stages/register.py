@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from forja import evaluation, loading, tracking
-from forja.errors import ForjaError
+from forja.errors import Refused
 from forja.receipts import Output, Receipt
 from forja.recipes.base import Cnn, Images, Mlp, Recipe, Table
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
@@ -56,7 +56,7 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     """Make the model version, or adopt it.
 
     Raises:
-        ForjaError: ONNX Runtime and torch answer differently.
+        Refused: ONNX Runtime and torch answer differently.
         Unavailable: MLflow doesn't answer.
     """
     dataset, training = work.receipt(plan.input("dataset")), work.receipt(plan.input("training"))
@@ -85,7 +85,7 @@ def _adopted(receipt: Receipt) -> Outcome:
 
 def _exported(plan: Plan[Parts], work: Work, dataset: Receipt, training: Receipt) -> Outcome:
     """ONNX export, parity and evaluation."""
-    module = _network(plan.parts, work.load(training, "model.pt"))
+    module = network(plan.parts.dataset, plan.parts.model, work.load(training, "model.pt"))
     onnx_bytes = export(module, plan.parts.dataset.shape)
     work.say(f"exported ONNX, {len(onnx_bytes) / 1e6:.2f} MB")
     numbers: dict[str, float] = {}
@@ -103,13 +103,14 @@ def _exported(plan: Plan[Parts], work: Work, dataset: Receipt, training: Receipt
     return Outcome(outputs=outputs, metrics=numbers, versions={n: version(n) for n in ("torch", "onnx", "onnxruntime", "mlflow-skinny")})
 
 
-def _network(parts: Parts, data: bytes) -> Any:
+def network(dataset: Images | Table, model: Cnn | Mlp, data: bytes) -> Any:
+    """The served network around the weights in a model.pt, ready to answer."""
     import torch
 
     from forja import models
 
     saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    module = models.build(parts.model, parts.dataset.shape, len(parts.dataset.classes), saved["mean"], saved["std"], saved["edges"])
+    module = models.build(model, dataset.shape, len(dataset.classes), saved["mean"], saved["std"], saved["edges"])
     module.load_state_dict(saved["weights"])
     return models.Served(module).eval()
 
@@ -131,13 +132,13 @@ def export(module: Any, shape: tuple[int, ...]) -> bytes:
 
 
 def parity(module: Any, inputs: np.ndarray[Any, Any], answers: np.ndarray[Any, Any]) -> float:
-    """Largest difference of a probability between torch and ONNX Runtime; ForjaError above PARITY."""
+    """Largest difference of a probability between torch and ONNX Runtime; Refused above PARITY."""
     import torch
 
     with torch.no_grad():
         difference = float((module(torch.from_numpy(inputs)) - torch.from_numpy(answers)).abs().max())
     if not difference <= PARITY:
-        raise ForjaError("ONNX Runtime and torch answer differently", value=difference, allowed=f"{PARITY} at most")
+        raise Refused("ONNX Runtime and torch answer differently", value=difference, allowed=f"{PARITY} at most")
     return difference
 
 
@@ -148,10 +149,9 @@ def _complete_run(
     tags = {"forja.recipe": plan.recipe, "forja.dataset": dataset.path, "forja.dataset_digest": dataset.digest}
     run_id = tracking.run_for(mlflow, f"{plan.team}/{plan.recipe}", training.key, f"{plan.recipe}-{training.key[:8]}", tags)
     points = [json.loads(line) for line in work.load(training, "history.jsonl").splitlines()]
-    tracking.send(mlflow, run_id, points)
     last = points[-1]
-    # The time of the last epoch, so that sending twice changes nothing.
-    tracking.send(mlflow, run_id, [{"step": last["step"], "time": last["time"], "metrics": numbers}])
+    points.append({"step": last["step"], "time": last["time"], "metrics": numbers})
+    tracking.send(mlflow, run_id, points, tracking.taken(mlflow, run_id))
     mlflow.set_terminated(run_id, "FINISHED", end_time=int(last["time"] * 1000))
     return run_id
 

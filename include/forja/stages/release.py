@@ -2,7 +2,8 @@
 
 What it does: writes the Triton repository into the model's idle slot, starts that slot, asks it for the golden samples,
 moves the router to it, asks again through the router, and sets MLflow's aliases. When this very release is live already it
-changes nothing but what differs: a slot that is down, a route that Envoy lost, an alias that is missing.
+changes nothing but what differs: a slot that is down, a route that Envoy lost, an alias that is missing. The gate says which
+variant; the version is that of this run's register receipt, since a gate that was adopted may know one that MLflow lost.
 
 When it fails: before traffic moved, the live slot and the route are as they were. A failed smoke test names the
 difference; Unavailable names the service, and a retry goes on from what it finds.
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from forja import tracking
-from forja.errors import Damaged, ForjaError, Refused
+from forja.errors import BadInput, Damaged, ForjaError, Refused, Unavailable
 from forja.lake import canonical
+from forja.receipts import Receipt
 from forja.recipes.base import Images, Recipe, Table
 from forja.services import supervisor
 from forja.services.folders import locked
@@ -35,9 +37,11 @@ from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate",))
+STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate", "model"))
 LOAD_S = 60.0
 """Seconds that a slot gets to load a release."""
+PATIENCE_S = 20.0
+"""Seconds that a live server which runs gets to answer: under load, or just restarted by its supervisor, it is late."""
 SEEN_S = 3.0
 """Seconds until every worker thread of the router must follow a route that is in force."""
 
@@ -59,6 +63,8 @@ class Candidate:
     contents: Mapping[str, bytes]
     golden: triton.Golden
     tolerance: float
+    run_id: str | None
+    """The model's run in MLflow."""
 
     def smoke(self, address: str) -> float:
         """Largest difference from the golden answers at host:port; errors as for ``triton.smoke``."""
@@ -77,6 +83,7 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     """Bring the model's slots, route and aliases to what the gate chose.
 
     Raises:
+        BadInput: the gate judged another model than ``model``.
         Refused: the gate chose nothing, Triton could not load the release, or its golden answers differ.
         Conflict: somebody else moved the route meanwhile.
         Unavailable: Triton, Envoy, the supervisor or MLflow doesn't answer.
@@ -89,17 +96,20 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     # lock of a process that is killed.
     with locked(work.settings, f"release-{plan.recipe}"):
         route = router.read(plan.recipe)
+        if route.weights:
+            # A release that was killed may have recorded a route that Envoy doesn't follow yet. Before anything is stopped, the
+            # slot that takes the requests must be the one that the record calls live.
+            router.ensure()
         live = _live(work, route, candidate)
         if live is None:
             route, live, worst = _deploy(work, router, route, candidate)
         else:
-            router.ensure()
             worst = _through_router(work, candidate)
             work.say(f"version {live.version} ({live.variant}) is live already in slot {route.live}")
         # Last, and after traffic moved: aliases only tell what the router does, and a model that mends something must
         # not wait for a registry. When MLflow is away this raises Unavailable, and the retry finds the release live.
         _aliases(work, registry.result(), live)
-    return _outcome(work, route, live, worst)
+    return _outcome(work, route, live, worst, candidate.run_id)
 
 
 def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
@@ -112,7 +122,8 @@ def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
     optimize = next((r for r in map(work.receipt, gate.inputs["optimize"]) if r.variant == chosen), None)
     if optimize is None:
         raise Damaged(f"gate receipt {gate.path}: inputs have no variant", value=chosen)
-    registered = work.receipt(optimize.inputs["model"][0])
+    registered = work.receipt(plan.input("model"))
+    _same_model(registered, work.receipt(optimize.inputs["model"][0]))
     dataset = plan.parts.dataset
     release = Release(
         model=plan.recipe,
@@ -127,7 +138,19 @@ def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
     contents = repository.files(release, work.load(optimize, "model.onnx"))
     with numpy.load(io.BytesIO(work.load(optimize, "golden.npz")), allow_pickle=False) as arrays:
         golden = triton.Golden(inputs=arrays["inputs"], probabilities=arrays["probabilities"])
-    return Candidate(release=repository.sealed(release, contents), contents=contents, golden=golden, tolerance=plan.parts.tolerance)
+    return Candidate(
+        release=repository.sealed(release, contents), contents=contents, golden=golden, tolerance=plan.parts.tolerance,
+        run_id=registered.facts.get("mlflow_run"),
+    )  # fmt: skip
+
+
+def _same_model(registered: Receipt, judged: Receipt) -> None:
+    given, wanted = registered.output("model.onnx").sha256, judged.output("model.onnx").sha256
+    if given != wanted:
+        raise BadInput(
+            "input model of release: not the model that the gate judged", value=f"{registered.path} (ONNX {given[:12]})",
+            allowed=f"a register receipt of ONNX {wanted[:12]}, as {judged.path}", do="pass gate and model of one run",
+        )  # fmt: skip
 
 
 def _live(work: Work, route: Route, candidate: Candidate) -> Release | None:
@@ -138,17 +161,30 @@ def _live(work: Work, route: Route, candidate: Candidate) -> Release | None:
     found = _installed(place, candidate.release.model)
     if found is None or found.identity != candidate.release.identity or not repository.intact(place, found):
         return None
-    address = _address(place)
-    if not triton.ready(address, found.model, found.version):
-        work.say(f"slot {place.name} is live but does not answer: starting it")
-        supervisor.restart_program(work.settings, place.program)
-        triton.wait_ready(address, found.model, found.version, LOAD_S, work.check)
+    _wake(work, place, found)
     try:
-        candidate.smoke(address)
+        candidate.smoke(_address(place))
     except Refused as error:
         work.say(f"slot {place.name} holds this release but answers wrongly ({error}): releasing it again")
         return None
     return found
+
+
+def _wake(work: Work, place: Slot, release: Release) -> None:
+    """Make the live slot's server answer. One probe that times out is no reason to kill a server that clients use."""
+    address = _address(place)
+    if triton.ready(address, release.model, release.version):
+        return
+    if supervisor.process(work.settings, place.program).state in ("starting", "running", "backoff"):
+        work.say(f"slot {place.name} is live, runs, and does not answer: waiting up to {PATIENCE_S:g} s")
+        try:
+            triton.wait_ready(address, release.model, release.version, PATIENCE_S, work.check)
+            return
+        except (Refused, Unavailable) as error:
+            work.say(f"slot {place.name}: {error}")
+    work.say(f"slot {place.name} is live but does not answer: starting it")
+    supervisor.restart_program(work.settings, place.program)
+    triton.wait_ready(address, release.model, release.version, LOAD_S, work.check)
 
 
 def _deploy(work: Work, router: Router, route: Route, candidate: Candidate) -> tuple[Route, Release, float]:
@@ -206,23 +242,31 @@ def _replaced(old: Release | None, new: Release) -> str:
 
 def _aliases(work: Work, client: MlflowClient, live: Release) -> None:
     """Make MLflow's aliases say what is live."""
-    wanted = {"champion": live.version, **({"previous": live.replaces} if live.replaces else {})}
     with tracking.reachable(work.settings.mlflow):
-        from mlflow.exceptions import MlflowException
-
-        try:
-            aliases = {name: str(v) for name, v in client.get_registered_model(live.model).aliases.items()}
-            for name, version in wanted.items():
-                if aliases.get(name) != version:
-                    client.set_registered_model_alias(live.model, name, version)
-                    work.say(f"alias {name} is version {version}")
-            if aliases.get("challenger") == live.version:
-                client.delete_registered_model_alias(live.model, "challenger")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        if not _alias(work, client, live.model, "champion", live.version):
             do = f"it is live; register again with the inputs of {live.receipts['register']} to have it in MLflow"
-            raise Damaged(f"MLflow lacks {live.model} or one of its versions", value=wanted, do=do) from error
+            raise Damaged(f"MLflow lacks version {live.version} of {live.model}", do=do)
+        if live.replaces and not _alias(work, client, live.model, "previous", live.replaces):
+            # Somebody deleted it, or MLflow's database was lost. What is live is served and named all the same.
+            work.say(f"alias previous is left as it is: MLflow has no version {live.replaces}")
+        if str(client.get_registered_model(live.model).aliases.get("challenger")) == live.version:
+            client.delete_registered_model_alias(live.model, "challenger")
+
+
+def _alias(work: Work, client: MlflowClient, model: str, name: str, version: str) -> bool:
+    """Make an alias name a version; False when MLflow has no such version."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if str(client.get_registered_model(model).aliases.get(name)) != version:
+            client.set_registered_model_alias(model, name, version)
+            work.say(f"alias {name} is version {version}")
+        client.get_model_version(model, version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def _installed(place: Slot, model: str) -> Release | None:
@@ -240,7 +284,7 @@ def _address(place: Slot) -> str:
     return f"127.0.0.1:{place.http_port}"
 
 
-def _outcome(work: Work, route: Route, live: Release, worst: float) -> Outcome:
+def _outcome(work: Work, route: Route, live: Release, worst: float, run_id: str | None) -> Outcome:
     facts: dict[str, Any] = {
         "model": live.model,
         "version": live.version,
@@ -249,6 +293,7 @@ def _outcome(work: Work, route: Route, live: Release, worst: float) -> Outcome:
         "endpoint": f"{work.settings.endpoint}/v2/models/{live.model}",
         "route": {"version": route.version, "weights": dict(route.weights)},
         "previous": live.replaces or None,
+        "mlflow_run": run_id,
     }
     body = canonical({**dataclasses.asdict(live), "identity": live.identity})
     report = [

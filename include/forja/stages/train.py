@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forja import loading
-from forja.errors import ForjaError
+from forja.errors import ForjaError, Refused
 from forja.recipes.base import Cnn, Images, Mlp, Recipe, Table, Training
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
 from forja.tracking import RunLog
@@ -70,15 +70,13 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     for point in _points(history):
         log.add(point)
     config = _config(plan, work, dataset_receipt, statistics)
-    _torchrun(config, plan, work, history, log)
+    ranks = world_size(plan.parts.training)
+    _torchrun(config, plan, ranks, work, history, log)
     points = _points(history)
     model = work.save("model.pt", work.scratch / "model.pt")
     series = work.save("history.jsonl", history)
     run_id, unsent = log.close()
-    _drop_checkpoints(work)
-    last = points[-1]["metrics"]
-    if f"validation_{plan.parts.metric}" not in last:
-        raise ForjaError(f"training of {plan.recipe} diverged: the network answers NaN", do="lower training.learning_rate in the recipe")
+    last = _numbers(points, plan)
     report = [f"{plan.parts.training.epochs} epochs, validation {plan.parts.metric} {last[f'validation_{plan.parts.metric}']:.4f}"]
     if resumed:
         report.append(f"went on from a checkpoint after epoch {resumed}")
@@ -87,10 +85,23 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     return Outcome(
         outputs={"model.pt": model, "history.jsonl": series},
         metrics={k: float(v) for k, v in last.items()},
-        facts={"mlflow_run": run_id, "resumed_after_epoch": resumed, "ranks": plan.parts.training.ranks},
+        facts={"mlflow_run": run_id, "resumed_after_epoch": resumed, "ranks": ranks},
         report=report,
+        obsolete=_checkpoints(work),
         versions={"torch": version("torch"), "nvidia-dali-cuda120": version("nvidia-dali-cuda120")},
     )
+
+
+def _numbers(points: list[dict[str, Any]], plan: Plan[Parts]) -> dict[str, float]:
+    """Metrics of the last epoch; Refused when the recipe's own is missing, which no retry would mend."""
+    last: dict[str, float] = points[-1]["metrics"]
+    if f"validation_{plan.parts.metric}" in last:
+        return last
+    if "validation_accuracy" in last:
+        raise Refused(
+            f"validation split of {plan.recipe} has no positive sample", do="ingest more data, or enlarge split.validation in the recipe"
+        )
+    raise Refused(f"training of {plan.recipe} diverged: the network answers NaN", do="lower training.learning_rate in the recipe")
 
 
 def _params(training: Training) -> dict[str, str]:
@@ -116,20 +127,32 @@ def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, A
     return path
 
 
-def _torchrun(config: Path, plan: Plan[Parts], work: Work, history: Path, log: RunLog) -> None:
-    ranks, epochs = plan.parts.training.ranks, plan.parts.training.epochs
+def world_size(training: Training) -> int:
+    """Ranks on this machine: the recipe's, but no more than there are GPUs where there are any; the batch stays the same."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return training.ranks
+    import torch
+
+    return min(training.ranks, max(torch.cuda.device_count(), 1)) if torch.cuda.is_available() else training.ranks
+
+
+def _torchrun(config: Path, plan: Plan[Parts], ranks: int, work: Work, history: Path, log: RunLog) -> None:
+    epochs = plan.parts.training.epochs
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={ranks}",
+        # Gloo greets on standard output and has no switch for it; what a rank has to say goes to the history or to standard error.
+        "--redirects=1",
+        f"--log-dir={work.scratch / 'ranks'}",
         "-m",
         "forja.training.rank",
         str(config),
     ]
     # Threads beyond the cores make OpenMP's waiting loops take turns: 20 times slower on two cores was seen.
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))) // ranks)
     work.say(f"torchrun with {ranks} ranks of {threads} threads")
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     seen, checkpoint = len(_points(history)), newest_checkpoint(work.scratch)
@@ -192,8 +215,3 @@ def _restore(work: Work, history: Path) -> int:
     history.write_bytes(b"".join(lines[:done]))
     work.say(f"going on after epoch {done}")
     return done
-
-
-def _drop_checkpoints(work: Work) -> None:
-    for path in _checkpoints(work):
-        work.lake.delete(path)

@@ -36,24 +36,27 @@ class Parts:
     """What transform reads of a recipe."""
 
     dataset: Images | Table
+    metric: str
 
 
 def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
     """See ``forja.stages.base``."""
-    return Plan(stage="transform", recipe=recipe.name, team=recipe.team, parts=Parts(dataset=recipe.dataset), inputs=inputs)
+    return Plan(
+        stage="transform", recipe=recipe.name, team=recipe.team, parts=Parts(dataset=recipe.dataset, metric=recipe.metric), inputs=inputs
+    )
 
 
 def run(plan: Plan[Parts], work: Work) -> Outcome:
     """Make the dataset.
 
     Raises:
-        BadInput: a split has no sample left; the message counts the reasons.
+        BadInput: a split has no sample left (the message counts the reasons), or none can be learnt from or measured.
     """
     import polars as pl
 
     dataset = plan.parts.dataset
     path, number = split_table_ref(plan.input("raw").ref)
-    columns = ["key", "label", "payload", "sha256", "error", "partition", "offset", "time"]
+    columns = ["key", "label", "payload", "sha256", "error", "partition", "offset", "time", "topic_id"]
     raw = pl.DataFrame(pl.from_arrow(work.lake.table(path, number).to_pyarrow_table(columns=columns)))
     work.say(f"{len(raw)} events in {path} version {number}")
     rejected: Counter[str] = Counter()
@@ -69,13 +72,7 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
         if c is not None
     ]
     counts = {name: Counter(label for _, s, label, _ in rows if s == name) for name in SPLITS}
-    for name in SPLITS:
-        if not counts[name]:
-            raise BadInput(
-                f"{name} split of {plan.recipe}",
-                value="no samples",
-                allowed=f"one or more of {len(raw)} events; rejected: {dict(rejected)}",
-            )
+    _check_splits(plan, counts, f"one or more of {len(raw)} events; rejected: {dict(rejected)}")
     outcome = Outcome(versions={"polars": version("polars"), "nvidia-dali-cuda120": version("nvidia-dali-cuda120")})
     for name in SPLITS:
         _pack(name, [(c, n) for _, s, n, c in rows if s == name], dataset, work, outcome)
@@ -94,6 +91,23 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     return outcome
 
 
+def _check_splits(plan: Plan[Parts], counts: dict[str, Counter[int]], some: str) -> None:
+    """BadInput for a split that nothing can be learnt from or measured on. A class may be missing where accuracy is measured."""
+    classes = plan.parts.dataset.classes
+    for name in SPLITS:
+        present = {c: counts[name][i] for i, c in enumerate(classes)}
+        allowed = ""
+        if not counts[name]:
+            raise BadInput(f"{name} split of {plan.recipe}", value="no samples", allowed=some)
+        if name == "train" and len(counts[name]) < 2:
+            allowed = "samples of two classes or more: one class alone teaches nothing"
+        elif name != "train" and plan.parts.metric == "average_precision" and not counts[name][1]:
+            allowed = f"one or more of class {classes[1]}: average precision is undefined without"
+        if allowed:
+            do = "ingest more events, or give the split a larger share in the recipe"
+            raise BadInput(f"samples of each class in the {name} split of {plan.recipe}", value=present, allowed=allowed, do=do)
+
+
 def select(raw: pl.DataFrame, classes: tuple[str, ...], rejected: Counter[str]) -> pl.DataFrame:
     """Events that ingest found good, with a known label, the newest of each key, each content once, sorted by key.
 
@@ -107,7 +121,7 @@ def select(raw: pl.DataFrame, classes: tuple[str, ...], rejected: Counter[str]) 
         ("label not in classes", lambda f: f.filter(pl.col("label").is_in(list(classes)))),
         (
             "superseded by a newer event of its key",
-            lambda f: f.sort("time", "partition", "offset").unique("key", keep="last", maintain_order=True),
+            lambda f: f.sort("time", "partition", "offset", "topic_id").unique("key", keep="last", maintain_order=True),
         ),
         ("equal content under different labels", lambda f: f.filter(pl.col("label").n_unique().over("sha256") == 1)),
         ("duplicate content", lambda f: f.sort("key").unique("sha256", keep="first", maintain_order=True)),

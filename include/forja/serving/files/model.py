@@ -18,6 +18,14 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load model.onnx; an error here leaves the version unavailable, with the reason in the repository index."""
         self.leave = _die_together()
+        try:
+            self.session = self._load(args)
+        except BaseException:
+            # No crash: the server stays and tells the reason. It would be killed and started again for ever otherwise.
+            os.write(self.leave, b".")
+            raise
+
+    def _load(self, args: dict[str, str]) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         # Requests come in batches from many clients: one thread a slot, so that two slots and their clients share two cores.
         options.intra_op_num_threads = 1
@@ -25,7 +33,7 @@ class TritonPythonModel:
         # As in the evaluation that the gate judged: without VNNI the kernels for int8 saturate.
         options.add_session_config_entry("session.x64quantprecision", "1")
         path = pathlib.Path(args["model_repository"], args["model_version"], "model.onnx")
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def finalize(self) -> None:
         """An orderly end, of which the watcher must not make a kill."""

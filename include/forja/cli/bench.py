@@ -1,0 +1,39 @@
+"""The command for benchmarks: bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forja.errors import BadInput
+
+NAMES = ("run",)
+
+
+def register(app: typer.Typer) -> None:
+    """Put bench on ``app``."""
+    app.command("bench", help="Measure: ./forja bench run --json.")(bench)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(NAMES))],
+    parts: Annotated[str, typer.Option("--parts", help="With commas: cold, warm, models, idle.")] = "cold,warm,models,idle",
+    data: Annotated[Path | None, typer.Option("--data", help="The CSV of AI4I 2020, for ai4i_ap_delta.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Run a benchmark."""
+    from forja.bench import run
+
+    if name not in NAMES:
+        raise BadInput("benchmark", value=name, allowed=", ".join(NAMES))
+    found = run.main(tuple(p for p in parts.split(",") if p), data, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(found)) if json_ else _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    for key, value in found.items():
+        print(f"{key:<28} {value}")
