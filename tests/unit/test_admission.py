@@ -8,6 +8,8 @@ import json
 import threading
 from pathlib import Path
 
+import deltalake
+import pyarrow as pa
 import pytest
 
 from forja import admission, keys, recipes
@@ -16,9 +18,6 @@ from forja.errors import BadInput
 from forja.lake import Lake
 from forja.recipes.base import Recipe, Triggers
 from forja.stages import ingest
-
-pa = pytest.importorskip("pyarrow")
-deltalake = pytest.importorskip("deltalake")
 
 TRIGGERS = Triggers(min_new_rows=10, cooldown_s=300)
 RECIPE: Recipe = dataclasses.replace(recipes.load("digits"), triggers=TRIGGERS)

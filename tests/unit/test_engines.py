@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from forja import engines
+from forja.errors import BadInput, ForjaError, Refused
 
 pytestmark = pytest.mark.ml
-onnx = pytest.importorskip("onnx")
-
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-
-from forja import engines  # noqa: E402
-from forja.errors import BadInput, ForjaError, Refused  # noqa: E402
 
 
 def model(operator: str = "Relu", inputs: int = 1) -> bytes:

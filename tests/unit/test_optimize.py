@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from forja import receipts, recipes, shards
+from forja.errors import BadInput, Refused
+from forja.lake import Lake, canonical, sha256
+from forja.receipts import Output, Receipt
+from forja.settings import Settings
+from forja.stages import harness
 
 pytestmark = pytest.mark.ml
-pytest.importorskip("onnx")
-
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-
-from forja import receipts, recipes, shards  # noqa: E402
-from forja.errors import BadInput, Refused  # noqa: E402
-from forja.lake import Lake, canonical, sha256  # noqa: E402
-from forja.receipts import Output, Receipt  # noqa: E402
-from forja.settings import Settings  # noqa: E402
-from forja.stages import harness  # noqa: E402
 
 RECIPE = recipes.load("ai4i")
 FEATURES = RECIPE.dataset.shape[0]

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from forja import evaluation, quantize
+from forja.errors import BadInput, Refused
+from forja.evaluation import answers
 
 pytestmark = pytest.mark.ml
-onnx = pytest.importorskip("onnx")
-
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-
-from forja import evaluation, quantize  # noqa: E402
-from forja.errors import BadInput, Refused  # noqa: E402
-from forja.evaluation import answers  # noqa: E402
 
 RAW = 1e6
 """Scale of raw inputs: beyond float16, like strain or power of a machine."""
