@@ -11,6 +11,7 @@ Only the standard library and the launcher are used, so the fixture works in eve
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -66,25 +67,38 @@ class Stack:
         raise AssertionError(f"not within {seconds} s: {what}\n{self.forja('status', check=False).stdout}")
 
 
-def free_ports(width: int = 64) -> int:
-    """First of ``width`` free ports below those that the kernel gives to outgoing connections."""
-    for _ in range(200):
-        base = random.randrange(20_000, 31_000)  # noqa: S311
-        with contextlib.ExitStack() as sockets:
+@contextlib.contextmanager
+def free_ports(width: int = 64) -> Iterator[int]:
+    """First of ``width`` free ports below those that the kernel gives to outgoing connections, held while in use.
+
+    A stack doesn't listen on all of its ports at once, so looking at what is free isn't enough: a lock keeps other stacks away.
+    """
+    bases = list(range(20_000, 31_000, width))
+    random.shuffle(bases)
+    for base in bases:
+        with contextlib.ExitStack() as held:
+            lock = held.enter_context(open(Path(tempfile.gettempdir()) / f"forja-test-ports-{base}", "w"))
             try:
-                for port in range(base, base + width):
-                    sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.ExitStack() as sockets:
+                    for port in range(base, base + width):
+                        sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:
                 continue
-        return base
+            yield base
+            return
     raise AssertionError("no free range of ports")
 
 
 @contextlib.contextmanager
 def new_stack() -> Iterator[Stack]:
     """A stack with nothing started; stopped and deleted at the end."""
+    with free_ports() as base:
+        yield from _stack(base)
+
+
+def _stack(base: int) -> Iterator[Stack]:
     state = Path(tempfile.mkdtemp(prefix="forja-test-"))
-    base = free_ports()
     own = {k: v for k, v in os.environ.items() if not k.startswith(("FORJA_PORT_", "AIRFLOW_", "MLFLOW_"))}
     for name in ("FORJA_LAKE", "FORJA_KAFKA", "FORJA_ENDPOINT", "FORJA_SITE", "FORJA_PROGRAM"):
         own.pop(name, None)

@@ -143,17 +143,15 @@ def ingest_all(stack: Stack, lake: Lake) -> str:
 def kill_training(stack: Stack) -> None:
     """kill -9 of the training stage, as it runs."""
 
-    def stage() -> psutil.Process | None:
-        for process in psutil.process_iter(["cmdline"]):
-            line = process.info["cmdline"] or []
-            if line[1:4] == ["-m", "forja.stages", "train"] and process.environ().get("FORJA_STATE") == str(stack.settings.state):
-                return process
-        return None
+    def training() -> list[psutil.Process]:
+        """The stage that trains, told from the one that waits for it by torchrun and its ranks."""
+        stages = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[1:4] == ["-m", "forja.stages", "train"]]
+        mine = [p for p in stages if p.environ().get("FORJA_STATE") == str(stack.settings.state)]
+        return [p for p in mine if len(p.children(recursive=True)) >= 3]
 
-    stack.wait("a training stage with its ranks", lambda: (p := stage()) and len(p.children(recursive=True)) >= 3, 120)
-    found = stage()
-    assert found is not None
-    os.kill(found.pid, signal.SIGKILL)
+    found: list[psutil.Process] = []
+    stack.wait("a training stage with its ranks", lambda: found.extend(training()) or found, 120)
+    os.kill(found[0].pid, signal.SIGKILL)
 
 
 def write(stack: Stack, data: bytes) -> Path:

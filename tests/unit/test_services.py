@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from forja import envs, recipes
-from forja.errors import BadInput
+from forja.errors import BadInput, Unavailable
 from forja.services import airflow, envoy, folders, kafka, launch, ports, probes, stack, supervisor, triton
 from forja.services.program import Port, Program
 from forja.settings import Settings
@@ -250,3 +253,31 @@ def test_nobody_there_is_not_ready(listener: socket.socket) -> None:
     assert not probes.kafka_ok(f"127.0.0.1:{port}")
     with pytest.raises(OSError, match="refused"):
         probes.http_ok(f"http://127.0.0.1:{port}/")
+
+
+def test_a_cluster_id_is_never_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kafka's tool would take an id that begins with a dash for an option: one new state folder in 64."""
+    ids = iter([uuid.UUID(bytes=b"\xfb" * 16), uuid.UUID(bytes=b"\x01" * 16)])
+    assert base64.urlsafe_b64encode(b"\xfb" * 16).startswith(b"-")
+    monkeypatch.setattr(kafka.uuid, "uuid4", lambda: next(ids))
+    assert not kafka._cluster_id().startswith("-")
+
+
+def test_up_names_the_service_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not the one that was only not waited for."""
+    settings = Settings.from_env({"FORJA_STATE": str(tmp_path)})
+
+    def fail(settings: Settings) -> None:
+        raise Unavailable("Kafka's storage can't be formatted")
+
+    def never(*args: object, give_up: threading.Event, **kwargs: object) -> None:
+        give_up.wait(10)
+        raise Unavailable("program envoy was not waited for")
+
+    envoy = Program(name="envoy", service="envoy", command=("x",), cwd=tmp_path, ready=lambda started: True)
+    monkeypatch.setitem(stack.SERVICES, "kafka", types.SimpleNamespace(prepare=fail))
+    monkeypatch.setitem(stack.SERVICES, "envoy", types.SimpleNamespace(prepare=lambda settings: None))
+    monkeypatch.setattr(stack.supervisor, "start_program", lambda settings, name: None)
+    monkeypatch.setattr(stack, "wait_ready", never)
+    with pytest.raises(Unavailable, match="formatted"):
+        stack._start_all(settings, ["envoy", "kafka"], [envoy], lambda name, what, s: None)

@@ -102,7 +102,10 @@ def _class_path(settings: Settings) -> str:
 
 
 def _cluster_id() -> str:
-    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    """A random id as Kafka's own ``Uuid.randomUuid`` makes them: one that begins with a dash would be read as an option."""
+    while (made := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        continue
+    return made
 
 
 def _escaped(path: Path) -> str:

@@ -93,6 +93,7 @@ def up(settings: Settings, only: Iterable[str] | None = None, on_progress: Progr
 
 def _start_all(settings: Settings, services: list[str], chosen: list[Program], on_progress: Progress) -> None:
     began, give_up = time.monotonic(), threading.Event()
+    errors: list[BaseException] = []
 
     def tell(name: str, what: str) -> None:
         on_progress(name, what, time.monotonic() - began)
@@ -111,13 +112,14 @@ def _start_all(settings: Settings, services: list[str], chosen: list[Program], o
             SERVICES[service].prepare(settings)
             with ThreadPoolExecutor(max_workers=max(1, len(mine))) as pool:
                 list(pool.map(start, mine))
-        except BaseException:
+        except BaseException as error:
+            errors.append(error)
             give_up.set()
-            raise
 
     with ThreadPoolExecutor(max_workers=len(services)) as pool:
-        for done in [pool.submit(serve, s) for s in services]:
-            done.result()
+        list(pool.map(serve, services))
+    if errors:
+        raise errors[0]  # the others only say that they were not waited for
 
 
 def wait_ready(settings: Settings, program: Program, seconds: float = READY_SECONDS, give_up: threading.Event | None = None) -> None:
