@@ -27,13 +27,13 @@ pytestmark = pytest.mark.ml
 RECIPE = recipes.load("digits")
 
 
-def kill(pid: int) -> None:
-    """kill -9 of a process and of all that it started."""
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process and to all that it started."""
     found = [pid]
     for parent in found:
         found += [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    for number in found:
-        os.kill(number, signal.SIGKILL)
+    for process in found:
+        os.kill(process, number)
 
 
 class Runner:
@@ -61,7 +61,7 @@ class Runner:
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         """kill -9 of the stage and of all that it started: torchrun puts ranks into groups of their own."""
-        kill(process.pid)
+        send(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -157,12 +157,20 @@ def test_two_at_once_train_once(runner: Runner, dataset: str) -> None:
 def test_series_is_complete_after_mlflow_was_away(runner: Runner, dataset: str) -> None:
     """MLflow stops after the first metric; training ends without it, register refuses to, and then completes the run."""
     stack = runner.stack
+    server = stack.status()["mlflow"]["pid"]
     training = runner.start("train", dataset=dataset)
     key = wait(60, lambda: [p.split("/")[3] for p in runner.lake.list("vision/digits/train")])[0]
+    assert training.stdout is not None
+    while "epoch 1/" not in training.stdout.readline():
+        continue
+    # Training takes a few seconds, no longer than MLflow's client needs to start: the ranks stand still meanwhile.
+    torchrun = int(Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()[0])
+    send(torchrun, signal.SIGSTOP)
     run = wait(120, lambda: runs(stack, key))[0]
     wait(60, lambda: series(stack, run, "train_loss"))
-    kill(stack.status()["mlflow"]["pid"])  # at once: an orderly stop takes longer than the training
+    send(server, signal.SIGKILL)
     stop(stack, "mlflow")
+    send(torchrun, signal.SIGCONT)
     try:
         receipt = runner.finish(training)
         refused = runner.start("register", dataset=dataset, training=receipt.path)
