@@ -6,6 +6,7 @@ Only the standard library may be imported here: DAG files read profiles while Ai
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from forja.errors import BadInput
 from forja.settings import ROOT
 
 SITES = ROOT / "include" / "sites"
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Names of namespaces and values of labels in Kubernetes (RFC 1123)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Profile:
     """CPU cores: the pod's request and limit; threads of a local process."""
     memory_gib: float = 2.0
     """Memory in GiB: the pod's request and limit."""
+    nodes: int = 1
+    """Pods that train together as one gang, each with all of the resources below; above 1 only with the kubernetes runner."""
     gpus: int = 0
     """Whole GPUs."""
     mig: str = ""
@@ -39,10 +44,10 @@ class Profile:
     """Size of /dev/shm in GiB; 0 leaves the container runtime's default of 64 MiB."""
     image: str = ""
     """Container image with a version tag or digest; needed by the kubernetes runner."""
-    namespace: str = ""
-    """Namespace of the pod; needed by the kubernetes runner."""
     service_account: str = ""
-    """Service account of the pod; its token is never mounted."""
+    """Service account of the pod."""
+    token: bool = False
+    """Whether the pod gets its service account's token: only a stage that asks the cluster's API something, as release does."""
     secrets: tuple[str, ...] = ()
     """Kubernetes Secrets whose keys become environment variables of the pod."""
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -77,20 +82,73 @@ class Profile:
         check(self.queue_timeout_s > 0, "queue_timeout_s", "above 0")
         check(self.run_timeout_s > 0, "run_timeout_s", "above 0")
         check(self.retries >= 0, "retries", "0 or more")
+        check(self.nodes == 1 or (self.nodes > 1 and self.runner == "kubernetes"), "nodes", "1, or more with the kubernetes runner")
         if self.runner == "kubernetes":
             tag = self.image.rpartition("/")[2].partition(":")[2]
             check(bool(tag) and tag != "latest", "image", "an image with a version tag or digest, not latest")
-            check(bool(self.namespace), "namespace", "a namespace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """What a team has of a cluster: a namespace that its stages and its served models live in, and GPUs."""
+
+    team: str
+    namespace: str
+    gpus: int = 0
+    """Whole GPUs that the team's pods may ask for together."""
+    mig: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """MIG slices that they may ask for, by profile, for example ``{"1g.10gb": 7}``; none of those that aren't named."""
+
+    def __post_init__(self) -> None:
+        for field, value in (("namespace", self.namespace), ("team", self.team)):
+            if not NAME.fullmatch(value):
+                raise BadInput(f"tenant {self.team}: field {field}", value=value, allowed="a-z, 0-9 and -, at most 63")
+        for field, count in (("gpus", self.gpus), *((f"mig.{k}", v) for k, v in self.mig.items())):
+            if count < 0:
+                raise BadInput(f"tenant {self.team}: field {field}", value=count, allowed="0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """How requests reach the models of a cluster: the Gateway (gateway.networking.k8s.io) that routes are attached to."""
+
+    name: str
+    namespace: str
+    image: str
+    """Image of Triton's pods."""
+    fetch_image: str
+    """Image of the container that brings a release from the lake into Triton's pod before Triton starts."""
+    cpus: float = 1.0
+    """CPU cores of a Triton pod."""
+    memory_gib: float = 2.0
+    """Memory of a Triton pod in GiB."""
+    gpus: int = 0
+    """Whole GPUs of a Triton pod."""
+    replicas: int = 1
+    """Triton pods of one release."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One place: its name, pools and profiles."""
+    """One place: its name, pools and profiles; of a cluster also its tenants and its gateway."""
 
     name: str
     pools: Mapping[str, int]
     """Slots of each Airflow pool."""
     profiles: Mapping[str, Profile]
+    tenants: Mapping[str, Tenant] = dataclasses.field(default_factory=dict)
+    """By team."""
+    gateway: Gateway | None = None
+    """None where Envoy and Triton are processes of this machine."""
+
+    def tenant(self, team: str) -> Tenant:
+        """The tenant of a team; BadInput when the site has none."""
+        if team not in self.tenants:
+            raise BadInput(
+                f"tenant in site {self.name}", value=team, allowed=", ".join(sorted(self.tenants)) or "none yet",
+                do=f"add [tenants.{team}] to include/sites/{self.name}.toml",
+            )  # fmt: skip
+        return self.tenants[team]
 
     def profile(self, name: str) -> Profile:
         """The profile called ``name``; BadInput when the site has none."""
@@ -116,7 +174,7 @@ def load_site(name: str, folder: Path = SITES) -> Site:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
-    _only(path, "", data, {"pools", "defaults", "profiles"})
+    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway"})
     defaults = data.get("defaults", {})
     fields = {f.name for f in dataclasses.fields(Profile)} - {"name"}
     profiles = {}
@@ -129,7 +187,14 @@ def load_site(name: str, folder: Path = SITES) -> Site:
     for profile in profiles.values():
         if profile.pool not in pools:
             raise BadInput(f"{path}: profiles.{profile.name}.pool", value=profile.pool, allowed=", ".join(sorted(pools)))
-    return Site(name=name, pools=pools, profiles=profiles)
+    tenants = {}
+    for team, table in data.get("tenants", {}).items():
+        _only(path, f"tenants.{team}.", table, {f.name for f in dataclasses.fields(Tenant)} - {"team"})
+        tenants[team] = Tenant(team=team, **table)
+    gateway = data.get("gateway")
+    if gateway is not None:
+        _only(path, "gateway.", gateway, {f.name for f in dataclasses.fields(Gateway)})
+    return Site(name=name, pools=pools, profiles=profiles, tenants=tenants, gateway=Gateway(**gateway) if gateway else None)
 
 
 def _only(path: Path, prefix: str, table: Mapping[str, object], allowed: set[str]) -> None:

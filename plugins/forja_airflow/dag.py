@@ -100,7 +100,7 @@ def stage(verb: str, recipe: Recipe, *, variants: Sequence[str] = (), outlets: S
         from forja_airflow.pods import PodStageOperator, pod  # five seconds of imports, only where pods run
 
         operator = PodStageOperator
-        arguments |= pod(profile, site=site.name, recipe=recipe.name, verb=verb)
+        arguments |= pod(profile, site=site, recipe=recipe, verb=verb)
     if variants:
         return operator.partial(map_index_template="{{ task.variant }}", **arguments).expand(variant=list(variants))
     return operator(**arguments)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from kubernetes.client import models as k8s  # type: ignore[import-untyped]
+from kubernetes.client import models as k8s
 
 from forja.errors import BadInput
-from forja.profiles import Profile
+from forja.profiles import Profile, Site
+from forja.recipes.base import Recipe
 from forja_airflow import runs
 from forja_airflow.links import LINKS
 
@@ -125,21 +126,21 @@ def _ended(pod: Any, container: str) -> Any:
     return next((s.state.terminated for s in statuses if s.name == container and s.state), None)
 
 
-def pod(profile: Profile, *, site: str, recipe: str, verb: str) -> dict[str, Any]:
+def pod(profile: Profile, *, site: Site, recipe: Recipe, verb: str) -> dict[str, Any]:
     """Arguments of the operator for a profile: what the pod may use, and nothing beyond."""
     return {
-        "name": f"forja-{recipe.replace('_', '-')}-{verb}",
-        "namespace": profile.namespace,
+        "name": f"forja-{recipe.name.replace('_', '-')}-{verb}",
+        "namespace": site.tenant(recipe.team).namespace,
         "image": profile.image,
         "cmds": ["python", "-m", "forja.stages"],
-        "env_vars": _env(profile, site),
+        "env_vars": _env(profile, site.name),
         "env_from": [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=name)) for name in profile.secrets],
         "container_resources": resources(profile),
         "node_selector": dict(profile.node_selector),
         "tolerations": [k8s.V1Toleration(key=key, operator="Exists", effect="NoSchedule") for key in profile.tolerations],
         "priority_class_name": profile.priority_class or None,
         "service_account_name": profile.service_account or None,
-        "automount_service_account_token": False,
+        "automount_service_account_token": profile.token,
         "security_context": k8s.V1PodSecurityContext(
             run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,
             seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
@@ -149,7 +150,7 @@ def pod(profile: Profile, *, site: str, recipe: str, verb: str) -> dict[str, Any
             capabilities=k8s.V1Capabilities(drop=["ALL"]),
         ),
         **_volumes(profile),
-        "labels": {"app.kubernetes.io/managed-by": "forja", "forja/recipe": recipe, "forja/stage": verb},
+        "labels": {"app.kubernetes.io/managed-by": "forja", "forja/recipe": recipe.name, "forja/stage": verb},
         "schedule_timeout_seconds": profile.queue_timeout_s,
         "startup_timeout_seconds": 600,
         # Airflow counts from the task's start, so the wait for a node is in it.

@@ -24,7 +24,7 @@ RECIPE = recipes.load("digits")
 
 
 def operator(profile: Profile, verb: str = "train") -> PodStageOperator:
-    arguments = pod(profile, site="cluster", recipe="digits", verb=verb)
+    arguments = pod(profile, site=SITE, recipe=RECIPE, verb=verb)
     op = PodStageOperator(task_id=verb, verb=verb, recipe="digits", **arguments)
     op.arm([verb, "--recipe", "digits", "--in", "dataset=a/b", "--code", "0" * 64], "f" * 32)
     return op
@@ -47,8 +47,9 @@ def test_pod_is_restricted(verb: str) -> None:
     spec = built["spec"]
     (container,) = spec["containers"]  # no sidecar
     assert spec["restartPolicy"] == "Never"
-    assert spec["automountServiceAccountToken"] is False
-    assert spec["serviceAccountName"] == "forja-stage"
+    # Only release asks the cluster's API something.
+    assert spec["automountServiceAccountToken"] is (verb == "release")
+    assert spec["serviceAccountName"] == ("forja-release" if verb == "release" else "forja-stage")
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not spec.get("hostNetwork")
@@ -123,7 +124,7 @@ def test_a_site_without_a_lake_gets_the_tasks() -> None:
 def test_a_pod_is_refused_before_it_starts_when_the_lakes_differ(place: Path, raw: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = PodStageOperator(
         task_id="transform", verb="transform", recipe="digits", inputs={"raw": raw},
-        **pod(SITE.profile("etl"), site="cluster", recipe="digits", verb="transform"),
+        **pod(SITE.profile("etl"), site=SITE, recipe=RECIPE, verb="transform"),
     )  # fmt: skip
     monkeypatch.setattr(runs, "environment", dict)
     with pytest.raises(AirflowFailException, match="FORJA_LAKE of the pods"):

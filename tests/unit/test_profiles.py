@@ -21,8 +21,14 @@ BAD = {
     "pool that isn't there": (GOOD.replace("cpu = 1", "gpu = 1"), r"profiles\.p\.pool"),
     "negative cpus": (GOOD + "cpus = -1\n", "field cpus"),
     "GPUs and a slice": (GOOD + 'gpus = 1\nmig = "1g.10gb"\n', "field mig"),
+    "a gang of processes": (GOOD + "nodes = 2\n", "field nodes"),
+    "no gang at all": (GOOD + "nodes = 0\n", "field nodes"),
+    "a tenant's name": (GOOD + '[tenants.Vision]\nnamespace = "x"\n', "tenant Vision: field team"),
+    "a tenant's negative quota": (GOOD + '[tenants.vision]\nnamespace = "x"\nmig = {"1g.10gb" = -1}\n', r"field mig\.1g\.10gb"),
+    "a tenant's unknown key": (GOOD + '[tenants.vision]\nnamespace = "x"\ngpu = 1\n', r"tenants\.vision\.gpu"),
+    "a gateway's unknown key": (GOOD + "[gateway]\nport = 80\n", r"gateway\.port"),
     "a pod without an image": (GOOD.replace('"local"', '"kubernetes"'), "field image"),
-    "a pod with the latest image": (GOOD.replace('"local"', '"kubernetes"') + 'image = "x:latest"\nnamespace = "n"\n', "field image"),
+    "a pod with the latest image": (GOOD.replace('"local"', '"kubernetes"') + 'image = "x:latest"\n', "field image"),
 }
 
 
