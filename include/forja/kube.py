@@ -27,6 +27,7 @@ KINDS = {
     "Event": ("v1", "events", True),
     "ResourceQuota": ("v1", "resourcequotas", True),
     "LimitRange": ("v1", "limitranges", True),
+    "ResourceClaim": ("resource.k8s.io/v1", "resourceclaims", True),
     "Deployment": ("apps/v1", "deployments", True),
     "ReplicaSet": ("apps/v1", "replicasets", True),
     "Job": ("batch/v1", "jobs", True),
@@ -72,12 +73,12 @@ class Kube:
     def __init__(self, client: Any, headers: Mapping[str, str] | None = None) -> None:
         self._client, self._headers = client, dict(headers or {})
 
-    def impersonating(self, user: str, *groups: str) -> Kube:
-        """The same connection acting as somebody else, which the API server must allow (verb impersonate)."""
-        headers: dict[str, Any] = {"Impersonate-User": user}
-        if groups:
-            headers["Impersonate-Group"] = ",".join(groups) if len(groups) == 1 else list(groups)
-        return Kube(self._client, headers)
+    def impersonating(self, user: str) -> Kube:
+        """The same connection acting as somebody else, which the API server must allow (verb impersonate).
+
+        The server adds the groups of a service account, ``system:serviceaccount:NAMESPACE:NAME``, by itself.
+        """
+        return Kube(self._client, {"Impersonate-User": user})
 
     def request(
         self, method: str, path: str, body: object = None, *, query: Mapping[str, object] | None = None, content: str = "application/json"
@@ -178,12 +179,14 @@ def connect(config: Path | None = None, context: str = "") -> Kube:
         if config is not None:
             kubernetes.config.load_kube_config(str(config), context=context or None, client_configuration=client)
         else:
-            kubernetes.config.load_config(context=context or None, client_configuration=client)
+            # A pod's own account knows no contexts, and its loader refuses the argument.
+            kubernetes.config.load_config(client_configuration=client, **({"context": context} if context else {}))
     except (ConfigException, OSError) as error:
         raise BadInput(
             "connection to the cluster", value=str(config or "kubeconfig"), allowed=f"a kubeconfig ({error})", do="set KUBECONFIG"
         ) from None
     client.retries = False  # who calls decides
+    client.connection_pool_maxsize = 16  # kept for the next request; more at once are closed after theirs
     return Kube(kubernetes.client.ApiClient(client))
 
 

@@ -11,26 +11,34 @@ import typer
 
 from forja.errors import BadInput
 
-NAMES = ("run",)
+NAMES = ("run", "cluster")
 
 
 def register(app: typer.Typer) -> None:
     """Put bench on ``app``."""
-    app.command("bench", help="Measure: ./forja bench run --json.")(bench)
+    app.command("bench", help="Measure: ./forja bench run --json, ./forja bench cluster --json.")(bench)
 
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(NAMES))],
-    parts: Annotated[str, typer.Option("--parts", help="With commas: cold, warm, models, idle.")] = "cold,warm,models,idle",
-    data: Annotated[Path | None, typer.Option("--data", help="The CSV of AI4I 2020, for ai4i_ap_delta.")] = None,
+    parts: Annotated[str, typer.Option("--parts", help="With commas; all when left out.")] = "",
+    data: Annotated[Path | None, typer.Option("--data", help="run: the CSV of AI4I 2020, for ai4i_ap_delta.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Run a benchmark."""
-    from forja.bench import run
+    from forja.bench import cluster, run
 
-    if name not in NAMES:
-        raise BadInput("benchmark", value=name, allowed=", ".join(NAMES))
-    found = run.main(tuple(p for p in parts.split(",") if p), data, lambda text: print(text, file=sys.stderr, flush=True))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    wanted = tuple(p for p in parts.split(",") if p)
+    match name:
+        case "run":
+            found = run.main(wanted or run.PARTS, data, say)
+        case "cluster":
+            found = cluster.main(wanted or tuple(cluster.PARTS), say)
+        case _:
+            raise BadInput("benchmark", value=name, allowed=", ".join(NAMES))
     print(json.dumps(found)) if json_ else _show(found)
 
 
