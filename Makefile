@@ -6,10 +6,10 @@ ARGS ?=
 CONTROL_DEV = $$(./forja setup --path control-dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status run test lint types format lock clean
+.PHONY: help setup up down status run test test-cluster cluster-up cluster-down lint types format lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments and fetch Kafka's jars; does nothing when all is there
 	@./forja setup
@@ -28,6 +28,15 @@ run: setup ## Events to a served model and a prediction [RECIPE=digits] [DATA=pa
 
 test: ## All tests that need no GPU and no cluster [ARGS="-k name tests/unit"]
 	@tests/run $(ARGS)
+
+test-cluster: setup ## The tests that need Kubernetes, in a cluster of this machine's own; KEEP=1 leaves it up [ARGS=tests/cluster/test_x.py]
+	@tests/cluster/run $(ARGS)
+
+cluster-up: setup ## Build (10 minutes the first time) and start the test cluster: needs Linux, root, Go
+	@PYTHONPATH=tests "$(CONTROL_DEV)" -m cluster.kit up
+
+cluster-down: ## Stop the test cluster and check that nothing of it is left
+	@PYTHONPATH=tests "$(CONTROL_DEV)" -m cluster.kit down
 
 lint: ## ruff: style, bugs, security, Airflow
 	@./forja setup control-dev && python="$(CONTROL_DEV)" && "$$python" -m ruff check . && "$$python" -m ruff format --check .
