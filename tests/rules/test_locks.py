@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from forja import locks
+from forja import envs, locks
 from forja.settings import ROOT, Settings
 
 
@@ -45,3 +45,10 @@ def test_numpy_2_everywhere_but_in_serving(wanted: dict[str, str]) -> None:
         versions = re.findall(r"^numpy==(\d+)", text, re.MULTILINE)
         assert versions, path
         assert {v == "1" for v in versions} == {path == "k8s/images/serving.txt"}, (path, versions)
+
+
+def test_the_images_install_the_locks_with_the_same_uv() -> None:
+    script, uv = ((ROOT / "k8s" / "images" / name).read_text() for name in ("environment.py", "uv.txt"))
+    assert re.search(rf"^uv=={re.escape(envs.UV)} \\\n    --hash=sha256:[0-9a-f]{{64}}$", uv, re.MULTILINE)
+    assert script.count('"--require-hashes"') == 2, "for uv itself and for what it installs"
+    assert f'MARKER = "{envs.MARKER}"' in script, "by which forja.envs knows an environment that is whole"
