@@ -5,7 +5,7 @@ at for itself, and takes pods again. A layout that is in force already ends the 
 
 **When a run fails**, *revert* brings the layout before back and makes the node schedulable; the run counts as failed. If *revert* fails
 too, the node stays cordoned, and its log says what it offers and what is missing: clear *revert* once the cause is gone. A run that was
-ended by hand is taken back with `./forja mig revert --node NODE`.
+ended by hand is taken back with `./forja mig revert --node NODE`, five minutes after its last sign of life.
 
 **Needs** the GPU operator with `mig.strategy=mixed` and the ConfigMap of `k8s/mig/layouts.yaml`, the rights of `k8s/access/mig.yaml`, and
 the Airflow connection `forja_mig`. A node under a PodDisruptionBudget that lets no pod go is left as it was.

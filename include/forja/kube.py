@@ -61,6 +61,11 @@ class ApiError(ForjaError):
         super().__init__(what, value=f"{status} {reason}", allowed="", do=message)
         self.status, self.reason, self.message = status, reason, message
 
+    @property
+    def passing(self) -> bool:
+        """Whether the server was only too busy or not whole just now, so that the same request may pass later."""
+        return self.status == 429 or self.status >= 500
+
 
 class Kube:
     """A connection to one cluster as one identity.
@@ -98,11 +103,11 @@ class Kube:
                 header_params={"Accept": "application/json, */*", "Content-Type": content, **self._headers},
                 _preload_content=False, _request_timeout=TIMEOUT_S, _return_http_data_only=True,
             )  # fmt: skip
+            text = answer.data.decode()  # the body comes only now, and a server that goes down may break it off
         except ApiException as error:
             raise _api_error(f"{method} {path}", error.status, error.reason, error.body) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unavailable(f"the Kubernetes API doesn't answer {method} {path}", value=str(error)[:300], do="try again") from error
-        text = answer.data.decode()
         try:
             return json.loads(text)
         except ValueError:
@@ -172,6 +177,7 @@ def connect(config: Path | None = None, context: str = "") -> Kube:
         BadInput: none of them is there, or the file can't be read.
     """
     import kubernetes
+    import yaml
     from kubernetes.config.config_exception import ConfigException
 
     client = kubernetes.client.Configuration()
@@ -181,9 +187,10 @@ def connect(config: Path | None = None, context: str = "") -> Kube:
         else:
             # A pod's own account knows no contexts, and its loader refuses the argument.
             kubernetes.config.load_config(client_configuration=client, **({"context": context} if context else {}))
-    except (ConfigException, OSError) as error:
+    except (ConfigException, OSError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
         raise BadInput(
-            "connection to the cluster", value=str(config or "kubeconfig"), allowed=f"a kubeconfig ({error})", do="set KUBECONFIG"
+            "connection to the cluster", value=str(config or "kubeconfig"), allowed=f"a kubeconfig ({why})", do="set KUBECONFIG"
         ) from None
     client.retries = False  # who calls decides
     client.connection_pool_maxsize = 16  # kept for the next request; more at once are closed after theirs

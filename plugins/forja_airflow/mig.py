@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseBranchOperator, BaseOperator, Param, TriggerRule
 from airflow.sdk.exceptions import AirflowSkipException
 
-from forja.errors import ForjaError
+from forja.errors import BadInput, ForjaError
 from forja.mig import layouts
 from forja.mig.change import Change, Times
 from forja_airflow import runs
@@ -34,17 +34,18 @@ DOCS = {
     "the lake an SVG under `platform/mig/`.",
     "cordon": "Makes the node unschedulable and writes on it, in the same moment, who changes it and what was there before. Refused while "
     "another change of the node is under way.",
-    "drain": "Evicts the pods that use a GPU of the node. Budgets are kept: when one forbids it until the deadline, nothing is evicted "
-    "and the run takes itself back.",
+    "drain": "Evicts the pods that use a GPU of the node. Budgets are kept: when one lets a pod not go until the deadline, the run takes "
+    "itself back. Nothing is evicted before each single eviction would be allowed.",
     "apply": "Sets the label `nvidia.com/mig.config` and waits for mig-manager's answer.",
     "verify": "Looks at what the node offers and runs a pod that asks for one of each slice. The label's word alone counts for nothing.",
-    "uncordon": "Removes the record and the cordon, if this run set it.",
+    "uncordon": "Removes the record and the cordon, if this run set it. When it fails the layout is in force and the node still cordoned: "
+    "clear it.",
     "revert": "Runs when a step failed: brings back the layout before, the operator's pods and the node's schedulability. It ends as a "
     "success when the node is as it was; the run itself counts as failed.",
 }  # fmt: skip
-FAILS = """**When it fails:** the last line of the log says why. Clearing the task is safe: each step may be done again. `revert` runs by
-itself. If the whole run was ended by hand, take it back with `./forja mig revert --node NODE`, or start another run of this DAG
-after five minutes: it takes the change over."""
+FAILS = """**When it fails:** the last line of the log says why. Clearing the task is safe: each step may be done again. When a step
+up to `verify` has failed, `revert` runs by itself. If the whole run was ended by hand, wait until it has shown no sign of life for five
+minutes; then take it back with `./forja mig revert --node NODE`, or start another run of this DAG, which takes the change over."""
 
 
 def settings(*, doc_md: str | None) -> dict[str, Any]:
@@ -75,16 +76,18 @@ def params() -> dict[str, Param]:
 def step(name: str) -> BaseOperator:
     """The task of one step."""
     times = Times.from_env()
-    longest = {"drain": times.drain_s, "apply": times.apply_s, "verify": times.verify_s, "revert": times.revert_s + 2 * times.verify_s}
+    longest = {"drain": times.drain_s, "apply": times.apply_s, "verify": times.verify_s, "revert": 2 * times.revert_s + 3 * times.verify_s}
     arguments: dict[str, Any] = {
         "task_id": name, "doc_md": f"### {name}\n\n{DOCS[name]}\n\n{FAILS}", "pool": "cpu", "retries": 2,
         "retry_delay": datetime.timedelta(seconds=10), "execution_timeout": datetime.timedelta(seconds=longest.get(name, 0) + 300),
     }  # fmt: skip
     if name == "assert":
         return AssertOperator(**arguments)
+    if name in ("uncordon", "revert"):
+        # Twice as often: they are what stands between a node and its being used again.
+        arguments["retries"] = 4
     if name == "revert":
-        # Twice as often: it is what stands between a failure and a node that nobody can use.
-        arguments |= {"trigger_rule": TriggerRule.ONE_FAILED, "retries": 4}
+        arguments["trigger_rule"] = TriggerRule.ONE_FAILED
     return StepOperator(step=name, **arguments)
 
 
@@ -169,7 +172,11 @@ class StepOperator(BaseOperator):
         """Leave a record of what became of the node in the lake."""
         from forja.mig import node as nodes
 
-        found = nodes.look(kube, change.node)
+        try:
+            found = nodes.look(kube, change.node)
+        except BadInput as error:  # put back while the labels of gpu-feature-discovery are still away
+            log.info("record: not kept: %s", error)
+            return
         body = {
             "schema": 1, "node": change.node, "gpu": found.gpu.name, "simulated": found.simulated, "asked": change.layout,
             "outcome": outcome, "layout": found.label, "offers": dict(found.offers), "unschedulable": found.unschedulable, "run": run,

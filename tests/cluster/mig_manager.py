@@ -1,7 +1,8 @@
 """A stand-in for the GPU operator's mig-manager, for simulated nodes: it cuts nothing, it writes what a real one would lead to.
 
 As the real one (mig-parted's cmd/nvidia-mig-manager) it reacts only when the label's value changes, and a label that is removed wakes it
-not; it answers pending, pauses the operator's pods by their labels, evicts nobody and fails while a pod holds a GPU. What it cuts follows
+not; it answers pending, pauses the operator's pods by their labels, evicts nobody and fails while a pod holds a GPU. While
+gpu-feature-discovery is paused its labels are away, whoever paused it. What it cuts follows
 k8s/mig/layouts.yaml. A resource that is gone stays at 0, as the kubelet leaves it. Modes are the ways in which it can be bad.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import kubernetes
@@ -18,7 +19,7 @@ import kubernetes
 from forja import kube as k8s
 from forja.mig import drain, layouts
 from forja.mig import node as nodes
-from forja.mig.node import CONFIG, DEPLOY, PAUSED, STATE
+from forja.mig.node import CONFIG, COUNT, DEPLOY, PAUSED, PRODUCT, STATE, STRATEGY
 
 MODES = ("honest", "slow", "late", "lies", "wedges", "fails", "short")
 """honest. slow: takes SLOW_S. late: says success before the node offers it. lies: says success and changes nothing. wedges: pauses, says
@@ -42,6 +43,7 @@ class Manager:
         self._config, self._current, self._read = config, "", ""
         self._wake, self._stop = threading.Condition(), threading.Event()
         self._watch, self.sees = kubernetes.watch.Watch(), False
+        self._facts: dict[str, str] = {}
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -65,7 +67,9 @@ class Manager:
                 kubernetes.client.CoreV1Api(client).list_node, field_selector=f"metadata.name={self.node}", timeout_seconds=2
             )
             for event in events:
-                value = (event["object"].metadata.labels or {}).get(CONFIG, "")
+                labels = event["object"].metadata.labels or {}
+                value = labels.get(CONFIG, "")
+                self._discover(labels)
                 self.sees = True
                 if value != before:
                     first, before = before is None, value
@@ -75,6 +79,16 @@ class Manager:
                             self._read = value
                         elif value:
                             self._wake.notify_all()
+
+    def _discover(self, labels: dict[str, str]) -> None:
+        """What gpu-feature-discovery does when it is paused, and when it is let go on."""
+        there = {k: v for k, v in labels.items() if k in (PRODUCT, COUNT, STRATEGY)}
+        self._facts = self._facts or there
+        paused = labels.get(f"{DEPLOY}gpu-feature-discovery") == PAUSED
+        if paused and there:
+            self._labels(dict.fromkeys(self._facts))
+        elif not paused and not there:
+            self._labels(self._facts)
 
     def _reconfigure(self, value: str) -> None:
         mode, _, once = self.mode.partition(" ")
@@ -111,7 +125,7 @@ class Manager:
         self.kube.patch("Node", self.node, {"status": {"capacity": amounts, "allocatable": amounts}}, part="status")
         self._labels({STATE: "success", **back})
 
-    def _labels(self, labels: dict[str, str]) -> None:
+    def _labels(self, labels: Mapping[str, str | None]) -> None:
         self.kube.patch("Node", self.node, {"metadata": {"labels": labels}})
 
     def stop(self) -> None:
@@ -159,7 +173,7 @@ def simulated_node(name: str) -> k8s.Object:
     from cluster.kit.simulated import nodes as examples
 
     example = examples()[0]
-    deploy = {f"{DEPLOY}device-plugin": "true", f"{DEPLOY}dcgm-exporter": "true", f"{DEPLOY}nvsm": "false"}
+    deploy = {f"{DEPLOY}{pod}": "true" for pod in ("device-plugin", "gpu-feature-discovery", "dcgm-exporter")} | {f"{DEPLOY}nvsm": "false"}
     labels = {**example["metadata"]["labels"], **deploy, "kubernetes.io/hostname": name, "nvidia.com/gpu.count": "2"}
     amounts = {**example["status"]["allocatable"], "nvidia.com/gpu": "2"}
     return {

@@ -274,11 +274,12 @@ def test_a_change_without_a_sign_of_life_is_taken_over(kube: k8s.Kube, gpu: str,
 )
 def test_what_is_wrong_from_the_start_changes_nothing(kube: k8s.Kube, gpu: str, labels: dict[str, Any], layout: str, reason: str) -> None:
     kube.patch("Node", gpu, {"metadata": {"labels": labels}})
-    version = (kube.get("Node", gpu) or {})["metadata"]["resourceVersion"]
     with pytest.raises(BadInput, match=reason):
         whole.make(kube, quick(gpu, layout), lambda _: None)
-    found = (kube.get("Node", gpu) or {})["metadata"]
-    assert found["resourceVersion"] == version or ANNOTATION not in found["annotations"]
+    found = kube.get("Node", gpu) or {}
+    assert ANNOTATION not in found["metadata"]["annotations"]
+    assert "unschedulable" not in found["spec"]
+    assert found["metadata"]["labels"][nodes.CONFIG] == "all-disabled"
 
 
 def test_the_command_line(kube: k8s.Kube, gpu: str, here: dict[str, str]) -> None:

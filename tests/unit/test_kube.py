@@ -28,15 +28,15 @@ def config(folder: Path, server: str) -> Path:
 
 
 @contextmanager
-def server(status: int, body: bytes) -> Iterator[tuple[str, list[tuple[str, str, dict[str, str]]]]]:
-    """Answers every request the same way, and keeps what was asked."""
+def server(status: int, body: bytes, *, missing: int = 0) -> Iterator[tuple[str, list[tuple[str, str, dict[str, str]]]]]:
+    """Answers every request the same way, ``missing`` bytes short, and keeps what was asked."""
     asked: list[tuple[str, str, dict[str, str]]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             asked.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + missing))
             self.end_headers()
             self.wfile.write(body)
 
@@ -72,6 +72,24 @@ def test_a_kubeconfig_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_server_that_is_away_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="the Kubernetes API doesn't answer GET /api/v1/nodes"):
         kube.connect(config(tmp_path, "http://127.0.0.1:9")).list("Node")
+
+
+def test_an_answer_that_breaks_off_is_unavailable(tmp_path: Path) -> None:
+    """As from a server that goes down while it answers."""
+    with server(200, b'{"items": [', missing=99) as (address, _), pytest.raises(Unavailable, match="GET /api/v1/nodes"):
+        kube.connect(config(tmp_path, address)).list("Node")
+
+
+@pytest.mark.parametrize(("status", "passing"), [(403, False), (404, False), (409, False), (429, True), (500, True), (503, True)])
+def test_which_errors_may_pass(status: int, passing: bool) -> None:
+    assert kube.ApiError("GET /x", status, "Reason", "message").passing is passing
+
+
+def test_a_kubeconfig_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text("a: [")
+    with pytest.raises(BadInput, match=r"kubeconfig.*parsing"):
+        kube.connect(path)
 
 
 def test_a_refusal_keeps_the_servers_words(tmp_path: Path) -> None:

@@ -14,7 +14,16 @@ from forja.mig import drain, layouts, node, probe, whole
 from forja.mig.node import ANNOTATION, CONFIG, STATE
 
 RECORD = node.Record(
-    holder="a", layout="balanced", step="apply", until=1.0, before="all-disabled", offered={"nvidia.com/gpu": 2}, cordoned=True, deploy={}
+    holder="a",
+    layout="balanced",
+    step="apply",
+    until=1.0,
+    before="all-disabled",
+    offered={"nvidia.com/gpu": 2},
+    cordoned=True,
+    deploy={},
+    gpu="h100-80",
+    count=2,
 )
 
 
@@ -58,6 +67,8 @@ def test_a_record_is_read_as_it_was_written() -> None:
         ({"labels": {"nvidia.com/gpu.product": "Tesla-T4"}}, "NVIDIA-A30"),
         ({"labels": {"nvidia.com/gpu.count": "0"}}, "1 or more"),
         ({"labels": {"nvidia.com/gpu.count": "two"}}, "1 or more"),
+        ({"labels": {"nvidia.com/gpu.count": "²"}}, "1 or more"),
+        ({"labels": {"nvidia.com/gpu.sharing-strategy": "mps"}}, "allowed: none"),
         ({"annotations": {ANNOTATION: "{"}}, "kubectl annotate node n"),
         ({"annotations": {ANNOTATION: '{"holder": "x"}'}}, "a record of this version"),
     ],
@@ -95,9 +106,11 @@ def test_only_the_holder_goes_on() -> None:
         node.own(node.read(found()), "a")
 
 
-def pod(*owners: str, gpu: str = "nvidia.com/gpu", where: str = "containers", part: str = "limits", **meta: Any) -> dict[str, Any]:
+def pod(
+    *owners: str, gpu: str = "nvidia.com/gpu", where: str = "containers", part: str = "limits", amount: str = "1", **meta: Any
+) -> dict[str, Any]:
     references = [{"kind": kind, "controller": True} for kind in owners]
-    containers = [{"resources": {part: {gpu: "1"} if gpu else {"cpu": "1"}}}]
+    containers = [{"resources": {part: {gpu: amount} if gpu else {"cpu": "1"}}}]
     return {
         "metadata": {"namespace": "t", "name": "p", "ownerReferences": references, **meta},
         "spec": {"containers": [], where: containers},
@@ -111,6 +124,7 @@ def pod(*owners: str, gpu: str = "nvidia.com/gpu", where: str = "containers", pa
         pytest.param(pod("Job", gpu="nvidia.com/mig-1g.10gb.me"), True, True, False, id="asks for a slice"),
         pytest.param(pod("Job", part="requests"), True, True, False, id="by requests"),
         pytest.param(pod("Job", where="initContainers"), True, True, False, id="in an init container"),
+        pytest.param(pod("ReplicaSet", amount="0"), False, True, False, id="asks for none"),
         pytest.param(pod("ReplicaSet", gpu=""), False, True, False, id="no GPU"),
         pytest.param(pod("ReplicaSet", gpu="nvidia.com/gpu.shared"), True, True, False, id="a share of a GPU"),
         pytest.param(pod("ReplicaSet", gpu="rdma/hca"), False, True, False, id="another device"),
@@ -132,6 +146,13 @@ def test_the_probe_asks_for_one_of_each_and_has_no_rights() -> None:
     assert [c["resources"]["limits"] for c in spec["containers"]] == [{"cpu": "10m", "memory": "32Mi", r: "1"} for r in offers]
     assert spec["automountServiceAccountToken"] is False
     assert "nodeName" not in spec, "the scheduler has to agree"
+
+
+def test_each_node_has_a_probe_of_its_own() -> None:
+    """A change clears the probe that an earlier one left: it must never be that of another node."""
+    long = "ip-10-0-0-1.eu-central-1.compute.internal.of.a.cluster.with.a.long.name"
+    names = [probe.manifest(probe.Probe(), n, {"nvidia.com/gpu": 1})["metadata"]["name"] for n in (f"{long}-1", f"{long}-2", "a.b", "a-b")]
+    assert len(set(names)) == 4
 
 
 def test_one_process_of_a_machine_changes_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

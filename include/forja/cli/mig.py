@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,13 +53,20 @@ def plan(
     if svg:
         from forja.mig import picture
 
-        svg.write_text(picture.svg(title, made))
+        _draw(svg, picture.svg(title, made))
     if json_:
         print(json.dumps({"title": title, "gpus": [{"name": name, **_facts(layout)} for name, layout in made]}))
         return
     _show(title, made)
     if svg:
         print(f"drawn: {svg}")
+
+
+def _draw(path: Path, picture: str) -> None:
+    try:
+        path.write_text(picture)
+    except OSError as error:
+        raise BadInput("file of the picture", value=str(path), allowed=f"a file that can be written ({error.strerror})") from None
 
 
 def _bars(words: list[str], gpu: str, node: str, file: Path | None, kubeconfig: Path | None) -> tuple[str, list[tuple[str, Layout]]] | None:
@@ -75,25 +81,20 @@ def _bars(words: list[str], gpu: str, node: str, file: Path | None, kubeconfig: 
         if not words:
             return None
         known = layouts.load(file) if file else layouts.load()
-        counts = _layout_of(words[0], known, kind) if len(words) == 1 and "=" not in words[0] else _counts(words)
-        return gpu, [(gpu, planner.plan(kind, counts))]
+        if len(words) == 1 and "=" not in words[0]:
+            entry = layouts.of_gpus(words[0], layouts.pick(known, words[0]), kind, 1)[0]
+            return f"{gpu}: {words[0]}", [(gpu if entry.enabled else f"{gpu}, whole", planner.plan(kind, entry.instances))]
+        return gpu, [(gpu, planner.plan(kind, _counts(words)))]
     found, known = nodes.look(_kube(kubeconfig), node), layouts.load(file) if file else layouts.load()
     name = words[0] if len(words) == 1 else ""
     return f"{found.title}: {name}", nodes.bars(found, name, known)
-
-
-def _layout_of(name: str, known: Any, gpu: Any) -> Mapping[str, int]:
-    from forja.mig import layouts
-
-    found: Mapping[str, int] = layouts.of_gpus(name, layouts.pick(known, name), gpu, 1)[0].instances
-    return found
 
 
 def _counts(words: list[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for word in words:
         name, _, number = word.partition("=")
-        if not number.isdigit() or name in counts:
+        if not number.isdecimal() or name in counts:
             raise BadInput("instances", value=word, allowed="PROFILE=COUNT, each profile once, for example 1g.10gb=2")
         counts[name] = int(number)
     return counts
@@ -148,8 +149,10 @@ def diff(
     json_: Json = False,
 ) -> None:
     """Compare a GPU's instances with wanted ones, or a node with a layout."""
-    from forja.mig import planner, tables
+    from forja.mig import picture, planner, tables
 
+    if bool(gpu) == bool(node):
+        raise BadInput("what to compare", value={"gpu": gpu, "node": node}, allowed="either --gpu or --node")
     if node:
         _diff_node(node, (wanted or [""])[0], layouts, kubeconfig, json_)
         return
@@ -161,7 +164,9 @@ def diff(
         return
     for verb, items in facts.items():
         print(f"{verb:<8} {', '.join(items) or 'nothing'}")
-    _show(gpu, [("then", found.layout)])
+    print("then:\n" + "\n".join(f"  {line}" for line in picture.lines(found.layout)))
+    if found.create:
+        print(f"  {planner.Layout(gpu=kind, instances=found.create).command}")
 
 
 def _diff_node(name: str, layout: str, file: Path | None, kubeconfig: Path | None, json_: bool) -> None:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from forja.errors import BadInput, Conflict, Refused, Unavailable
-from forja.kube import Kube
+from forja.errors import BadInput, Conflict, ForjaError, Refused, Unavailable
+from forja.kube import ApiError, Kube
 from forja.mig import drain as drains
 from forja.mig import layouts, node, probe
 from forja.mig.drain import Say
@@ -104,7 +104,7 @@ def _claim(found: Node, change: Change, say: Say) -> Record:
         deploy = {k: "true" if v == PAUSED else v for k, v in found.deploy.items()}
         return Record(
             holder=change.holder, layout=change.layout, step="cordon", until=until, before=found.label, offered=found.offers,
-            cordoned=not found.unschedulable, deploy=deploy,
+            cordoned=not found.unschedulable, deploy=deploy, gpu=found.gpu.name, count=found.count,
         )  # fmt: skip
     if old.holder != change.holder and old.until > time.time():
         raise Refused(
@@ -170,13 +170,17 @@ def verify(kube: Kube, change: Change, say: Say) -> None:
     """
     ends = time.monotonic() + change.times.verify_s
     offer = node.wanted(node.look(kube, change.node), change.layout, change.known)
-    found = wait(
-        kube, change, lambda n: n.offers == offer and n.state == "success" and not n.paused, change.times.verify_s, say
-    )  # fmt: skip
-    if found.offers != offer or found.state != "success" or found.paused:
+
+    def good(n: Node) -> bool:
+        return n.offers == offer and n.state == "success" and not n.paused and n.labelled
+
+    found = wait(kube, change, good, change.times.verify_s, say)
+    if not good(found):
+        paused = f"; paused: {', '.join(found.paused)}" if found.paused else ""
         raise Refused(
             f"layout {change.layout} is not in force on {found.title}, whose mig-manager says {found.state or 'nothing'}",
-            value=f"{node.said(found.offers)}{'; paused: ' + ', '.join(found.paused) if found.paused else ''}", allowed=node.said(offer),
+            value=f"{node.said(found.offers)}{paused}{'' if found.labelled else '; no labels of gpu-feature-discovery'}",
+            allowed=node.said(offer),
         )  # fmt: skip
     say(f"allocatable: {node.said(found.offers)}")
     probe.run(kube, change.probe, change.node, offer, say, lambda: alive(kube, change), ends=ends)
@@ -230,6 +234,11 @@ def alive(kube: Kube, change: Change) -> Node:
     return found
 
 
+def away(error: ForjaError) -> bool:
+    """Whether the API server just didn't answer, or not as it should, and may do so later."""
+    return isinstance(error, Unavailable) or (isinstance(error, ApiError) and error.passing)
+
+
 def wait(kube: Kube, change: Change, done: Callable[[Node], bool], deadline_s: float, say: Say) -> Node:
     """The node as it is when ``done`` says so or the deadline has passed; what changes meanwhile is told.
 
@@ -239,8 +248,8 @@ def wait(kube: Kube, change: Change, done: Callable[[Node], bool], deadline_s: f
     while True:
         try:
             found = alive(kube, change)
-        except Unavailable as error:
-            if time.monotonic() > ends:
+        except ForjaError as error:
+            if time.monotonic() > ends or not away(error):
                 raise
             say(str(error))
             time.sleep(POLL_S)

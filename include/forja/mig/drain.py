@@ -3,7 +3,8 @@
 Which pods go: those that ask for a GPU or a slice. They hold the device, and a busy GPU can't be cut; mig-manager evicts nobody.
 Pods without one stay, for they notice nothing; ``everything`` takes them too, for nodes that mig-manager may reboot.
 Pods of DaemonSets and of the node itself (mirror pods) always stay: they would be back at once, and the operator's own are paused
-by mig-manager. A pod that nothing would start again stops the drain before anything is evicted.
+by mig-manager. One of them that asks for a GPU stops the drain, for the GPU can't be cut; so does a pod that nothing would start again.
+Both stop it before anything is evicted.
 """
 
 from __future__ import annotations
@@ -31,19 +32,17 @@ def victims(pods: Sequence[Object], *, everything: bool = False) -> list[Object]
 
 def uses_gpu(pod: Object) -> bool:
     """Whether a pod asks for a GPU, a slice of one or a share of either, or holds a claim, which may be one."""
-    spec = pod["spec"]
-    containers = [*spec.get("containers", []), *spec.get("initContainers", [])]
-    asked = [k for c in containers for part in ("requests", "limits") for k in (c.get("resources", {}).get(part) or {})]
-    return bool(spec.get("resourceClaims")) or any(k.startswith(("nvidia.com/gpu", "nvidia.com/mig-")) for k in asked)
+    return bool(pod["spec"].get("resourceClaims")) or _asks(pod)
 
 
 def lost(pods: Sequence[Object]) -> list[str]:
-    """Names of pods that nothing would start again elsewhere."""
+    """Names of pods that nothing would start again elsewhere; those that are ending already aside."""
     return [
         name(p)
         for p in pods
         if not any(o.get("controller") for o in p["metadata"].get("ownerReferences") or [])
         and (p["metadata"].get("labels") or {}).get(OURS[0]) != OURS[1]
+        and not p["metadata"].get("deletionTimestamp")
     ]
 
 
@@ -65,22 +64,29 @@ def drain(
         The pods that left.
 
     Raises:
-        Refused: a pod that would be lost, or evictions that a PodDisruptionBudget forbids until the deadline.
+        Refused: a pod that would be lost, or until the deadline a pod that holds a GPU and stays, or evictions that a
+            PodDisruptionBudget forbids.
     """
     ends = time.monotonic() + deadline_s
-    pods = victims(nodes.pods_on(kube, node), everything=everything)
-    if lost(pods) and not force:
-        raise Refused(
-            f"pods on node {node} that nothing would start again", value=lost(pods),
-            allowed="pods with a controller, or of Airflow's tasks", do="end them, or allow it: force",
-        )  # fmt: skip
+
+    def must_go() -> list[Object]:
+        # Each time anew: the scheduler may have bound a pod before it saw the cordon.
+        pods = victims(nodes.pods_on(kube, node), everything=everything)
+        if lost(pods) and not force:
+            raise Refused(
+                f"pods on node {node} that nothing would start again", value=lost(pods),
+                allowed="pods with a controller, or of Airflow's tasks", do="end them, or allow it: force",
+            )  # fmt: skip
+        return pods
+
+    pods = must_go()
     for pod in pods:
         say(f"must go: {name(pod)}")
     _until_allowed(kube, node, pods, say, alive, ends)
     evicted: list[str] = []
     refusals: dict[str, str] = {}
     while True:
-        pods = victims(nodes.pods_on(kube, node), everything=everything)
+        pods = must_go()
         if not pods:
             say(f"{len(evicted)} pods evicted; no pod uses a GPU of node {node}")
             return evicted
@@ -98,10 +104,13 @@ def drain(
 
 
 def _until_allowed(kube: Kube, node: str, pods: Sequence[Object], say: Say, alive: Callable[[], object], ends: float) -> None:
-    """Wait until each single eviction would pass: a budget that lets none go leaves all pods where they are."""
+    """Wait until each single eviction would pass: a budget that lets none go leaves all pods where they are. And until no pod that
+    stays holds a GPU."""
     told: set[str] = set()
     while True:
         refused = [f"{name(p)}: {why}" for p in pods if (why := evict(kube, p, dry_run=True))]
+        holders = [p for p in nodes.pods_on(kube, node) if _stays(p) and _asks(p)]
+        refused += [f"{name(p)}: asks for a GPU, and its DaemonSet or the kubelet would start it again at once" for p in holders]
         if not refused:
             return
         for line in refused:
@@ -141,6 +150,12 @@ def evict(kube: Kube, pod: Object, *, dry_run: bool = False) -> str:
             return error.message
         raise
     return ""
+
+
+def _asks(pod: Object) -> bool:
+    containers = [*pod["spec"].get("containers", []), *pod["spec"].get("initContainers", [])]
+    asked = [item for c in containers for part in ("requests", "limits") for item in (c.get("resources", {}).get(part) or {}).items()]
+    return any(k.startswith(("nvidia.com/gpu", "nvidia.com/mig-")) and str(n) != "0" for k, n in asked)
 
 
 def _stays(pod: Object) -> bool:

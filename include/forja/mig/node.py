@@ -15,7 +15,7 @@ from typing import Any
 
 from forja.errors import BadInput, Conflict, Refused
 from forja.kube import ApiError, Kube, Object
-from forja.mig import layouts, picture, planner
+from forja.mig import layouts, picture, planner, tables
 from forja.mig.tables import GPUS, Gpu, of_product
 
 CONFIG = "nvidia.com/mig.config"
@@ -28,6 +28,10 @@ DEPLOY = "nvidia.com/gpu.deploy."
 """Beginning of the labels that keep the operator's pods on a node; mig-manager pauses them during a change."""
 
 PAUSED = "paused-for-mig-change"
+PRODUCT, COUNT, STRATEGY = "nvidia.com/gpu.product", "nvidia.com/gpu.count", "nvidia.com/mig.strategy"
+"""Labels of gpu-feature-discovery. It takes them away when it ends, which mig-manager makes it do for the time of a change."""
+
+SHARING = "nvidia.com/gpu.sharing-strategy"
 ANNOTATION = "forja.dev/mig-change"
 """Annotation that holds the record of a change under way: one node, one change."""
 
@@ -53,6 +57,9 @@ class Record:
     """Allocatable GPU resources before."""
     cordoned: bool
     """Whether the node was schedulable before, so that lifting the cordon is ours."""
+    gpu: str
+    """Name of the node's GPUs in the table. It and their number hold while the labels that say so are away."""
+    count: int
     deploy: Mapping[str, str] = field(default_factory=dict)
     """Labels ``nvidia.com/gpu.deploy.*`` before."""
 
@@ -65,8 +72,8 @@ class Node:
     gpu: Gpu
     count: int
     """GPUs."""
-    strategy: str
-    """``mig.strategy`` of the device plugin: none, single or mixed."""
+    labelled: bool
+    """Whether gpu-feature-discovery says what the node is; without its labels, the record of a change under way does."""
     label: str
     state: str
     offers: Mapping[str, int]
@@ -94,41 +101,56 @@ def look(kube: Kube, name: str) -> Node:
     """Read a node.
 
     Raises:
-        BadInput: no such node, no GPU of the table on it, or a device plugin whose strategy isn't mixed.
+        BadInput: no such node, no GPU of the table on it, or a device plugin that shares GPUs or whose strategy isn't mixed.
     """
+    return read(fetch(kube, name))
+
+
+def fetch(kube: Kube, name: str) -> Object:
+    """The API's object of a node; BadInput when there is none."""
     found = kube.get("Node", name)
     if found is None:
         raise BadInput("node", value=name, allowed="a node of the cluster")
-    return read(found)
+    return found
 
 
 def read(found: Object) -> Node:
     """The same from the API's object."""
     meta, labels = found["metadata"], found["metadata"].get("labels") or {}
     annotations, name = meta.get("annotations") or {}, meta["name"]
-    product, count = labels.get("nvidia.com/gpu.product", ""), labels.get("nvidia.com/gpu.count", "")
-    gpu, strategy = of_product(product), labels.get("nvidia.com/mig.strategy", "none")
+    record = _record(name, annotations.get(ANNOTATION))
+    gpu, count = (tables.gpu(record.gpu), record.count) if record else _described(name, labels)
+    offered = found.get("status", {}).get("allocatable") or {}
+    return Node(
+        name=name, gpu=gpu, count=count, labelled={PRODUCT, COUNT, STRATEGY} <= labels.keys(), label=labels.get(CONFIG, ""),
+        state=labels.get(STATE, ""), offers={k: int(v) for k, v in sorted(offered.items()) if gpu_resource(k) and int(v)},
+        unschedulable=bool(found.get("spec", {}).get("unschedulable")),
+        deploy={k: v for k, v in sorted(labels.items()) if k.startswith(DEPLOY)},
+        record=record, version=meta["resourceVersion"], simulated=annotations.get("kwok.x-k8s.io/node") == "fake",
+    )  # fmt: skip
+
+
+def _described(name: str, labels: Mapping[str, str]) -> tuple[Gpu, int]:
+    """Kind and number of a node's GPUs by its labels."""
+    product, count, strategy = labels.get(PRODUCT, ""), labels.get(COUNT, ""), labels.get(STRATEGY, "none")
+    gpu, sharing = of_product(product), labels.get(SHARING, "none")
     if strategy != "mixed":
         # With single, all slices of a node look like whole GPUs: neither a profile nor its number can be read from resources.
         raise BadInput(
-            f"mig.strategy of node {name}", value=strategy, allowed="mixed", do="helm upgrade the GPU operator with mig.strategy=mixed"
-        )
+            f"mig.strategy of node {name}", value=strategy, allowed="mixed",
+            do="helm upgrade the GPU operator with mig.strategy=mixed, and see that gpu-feature-discovery runs: it writes the label",
+        )  # fmt: skip
+    if sharing != "none":
+        # Each of them is offered several times, as often as the device plugin's configuration says.
+        raise BadInput(f"label {SHARING} of node {name}", value=sharing, allowed="none", do="end the sharing of its GPUs first")
     if gpu is None:
         raise BadInput(
-            f"label nvidia.com/gpu.product of node {name}", value=product, allowed=", ".join(p for g in GPUS.values() for p in g.products),
+            f"label {PRODUCT} of node {name}", value=product, allowed=", ".join(p for g in GPUS.values() for p in g.products),
             do="add the product to include/forja/mig/tables.py",
         )  # fmt: skip
-    if not count.isdigit() or count == "0":
-        raise BadInput(f"label nvidia.com/gpu.count of node {name}", value=count, allowed="1 or more", do="see gpu-feature-discovery")
-    offered = found.get("status", {}).get("allocatable") or {}
-    return Node(
-        name=name, gpu=gpu, count=int(count), strategy=strategy, label=labels.get(CONFIG, ""), state=labels.get(STATE, ""),
-        offers={k: int(v) for k, v in sorted(offered.items()) if gpu_resource(k) and int(v)},
-        unschedulable=bool(found.get("spec", {}).get("unschedulable")),
-        deploy={k: v for k, v in sorted(labels.items()) if k.startswith(DEPLOY)},
-        record=_record(name, annotations.get(ANNOTATION)), version=meta["resourceVersion"],
-        simulated=annotations.get("kwok.x-k8s.io/node") == "fake",
-    )  # fmt: skip
+    if not count.isdecimal() or int(count) == 0:
+        raise BadInput(f"label {COUNT} of node {name}", value=count, allowed="1 or more", do="see gpu-feature-discovery")
+    return gpu, int(count)
 
 
 def gpu_resource(name: str) -> bool:
@@ -180,8 +202,11 @@ def said(offers: Mapping[str, int]) -> str:
     return ", ".join(f"{n} x {r.removeprefix('nvidia.com/')}" for r, n in sorted(offers.items())) or "no GPU"
 
 
-def swap(kube: Kube, node: Node, record: Record | None, *, labels: Mapping[str, str | None] | None = None, **spec: Any) -> Node:
+def swap(kube: Kube, node: Node, record: Record | None, *, labels: Mapping[str, str | None] | None = None, **spec: Any) -> Object:
     """Write the record with labels and fields of the spec, all at once, if nobody changed the node since it was looked at.
+
+    Returns:
+        The node as the API has it now.
 
     Raises:
         Conflict: somebody did.
@@ -193,7 +218,7 @@ def swap(kube: Kube, node: Node, record: Record | None, *, labels: Mapping[str, 
     if labels:
         change["metadata"]["labels"] = dict(labels)
     try:
-        return read(kube.patch("Node", node.name, change))
+        return kube.patch("Node", node.name, change)
     except ApiError as error:
         if error.status == 409:
             raise Conflict(f"node {node.name} was changed meanwhile", do="look again") from error
@@ -209,7 +234,7 @@ def persist(kube: Kube, name: str, holder: str, step: str, labels: Mapping[str, 
         node = look(kube, name)
         record = dataclasses.replace(own(node, holder), step=step, until=time.time() + LEASE_S)
         try:
-            return swap(kube, node, record, labels=labels)
+            return read(swap(kube, node, record, labels=labels))
         except Conflict:
             continue
     raise busy(name)

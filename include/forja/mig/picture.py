@@ -26,6 +26,9 @@ STYLE = """
 """
 
 
+WHOLE = ", whole"
+"""End of the name of a GPU on which MIG is off."""
+
 Bar = tuple[str, Layout]
 """A GPU's name and its layout."""
 
@@ -60,11 +63,16 @@ def svg(title: str, bars: Sequence[Bar]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _room(name: str, layout: Layout) -> str:
+    if name.endswith(WHOLE):
+        return "not cut"
+    return f"{layout.free} of {layout.gpu.units} memory slices free" if layout.free else "all memory slices taken"
+
+
 def _bar(name: str, layout: Layout, top: int) -> list[str]:
     gpu = layout.gpu
     unit = 8 * UNIT / gpu.units
-    free = f"{layout.free} of {gpu.units} memory slices free" if layout.free else "all memory slices taken"
-    parts = [f'<text class="dim small" x="{MARGIN}" y="{top + 10}">{escape(name)}: {free}</text>']
+    parts = [f'<text class="dim small" x="{MARGIN}" y="{top + 10}">{escape(f"{name}: {_room(name, layout)}")}</text>']
     for at in range(gpu.units):
         x = MARGIN + at * unit
         parts.append(f'<rect class="free" x="{x + 2:g}" y="{top + 18}" width="{unit - 4:g}" height="{HEIGHT}" rx="5"/>')
@@ -104,7 +112,7 @@ def text(title: str, bars: Sequence[Bar]) -> list[str]:
     """Lines for a terminal or a log: each GPU, and what makes it so by hand."""
     told = [title]
     for name, layout in bars:
-        told += ["", f"{name}: {layout.free} of {layout.gpu.units} memory slices free", *(f"  {line}" for line in lines(layout))]
+        told += ["", f"{name}: {_room(name, layout)}", *(f"  {line}" for line in lines(layout))]
         if layout.instances:
             told.append(f"  {layout.command}")
         if layout.gpu.inferred:

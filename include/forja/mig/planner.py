@@ -140,7 +140,7 @@ def placed(gpu: Gpu, pairs: Collection[str]) -> Layout:
     instances = []
     for pair in pairs:
         name, _, start = pair.rpartition(":")
-        if not start.isdigit() or int(start) not in gpu.profile(name).starts:
+        if not start.isdecimal() or int(start) not in gpu.profile(name).starts:
             allowed = ", ".join(map(str, gpu.profile(name).starts)) if name else "PROFILE:START"
             raise BadInput("placement of a GPU instance", value=pair, allowed=allowed)
         instances.append(Instance(int(start), name))

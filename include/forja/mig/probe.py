@@ -97,7 +97,7 @@ def manifest(probe: Probe, node: str, offers: Mapping[str, int]) -> Object:
 
 
 def _name(node: str) -> str:
-    return f"forja-mig-probe-{node.replace('.', '-')}"[:63].rstrip("-")
+    return f"forja-mig-probe-{node}"[:253].rstrip("-.")
 
 
 def _wait(alive: Callable[[], object], ends: float, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from forja.errors import Refused
+from forja.errors import Conflict, ForjaError, Refused
 from forja.kube import Kube
 from forja.mig import change as steps
 from forja.mig import node, probe
@@ -17,6 +17,8 @@ from forja.mig.node import CONFIG, STATE, Node, Record
 def revert(kube: Kube, change: Change, say: Say, *, adopt: bool = False) -> bool:
     """Put back what a failed change has changed: the layout and the operator's pods before it, and the node's schedulability.
 
+    An API server that doesn't answer is waited for, as long as the deadline of the way back.
+
     Args:
         adopt: also a change of somebody else whose lease has ended.
 
@@ -25,14 +27,51 @@ def revert(kube: Kube, change: Change, say: Say, *, adopt: bool = False) -> bool
 
     Raises:
         Refused: the resources before didn't come back within the deadline. The node stays cordoned and the record says so:
-            run it again.
+            run it again. With ``adopt`` also: the change is somebody else's, and its lease holds.
     """
+    ends, begun = time.monotonic() + change.times.revert_s, False
+    while True:
+        try:
+            if node.ANNOTATION not in (node.fetch(kube, change.node)["metadata"].get("annotations") or {}):
+                # Said of whatever node: one that a change refused from the start was never touched.
+                say(f"node {change.node} is back" if begun else f"nothing to take back on node {change.node}: no change is open")
+                return begun
+            if adopt:
+                _adopt(kube, change, say)
+            begun = True
+            return _revert(kube, change, say)
+        except ForjaError as error:
+            if time.monotonic() > ends or not steps.away(error):
+                raise
+            say(str(error))
+            time.sleep(steps.POLL_S)
+
+
+def _adopt(kube: Kube, change: Change, say: Say) -> None:
+    """Take over a change of somebody else that has shown no sign of life for as long as its lease."""
+    for _ in range(node.TRIES):
+        found = node.look(kube, change.node)
+        record = found.record
+        if record is None or record.holder == change.holder:
+            return
+        left = record.until - time.time()
+        if left > 0:
+            raise Refused(
+                f"{found.title} is being changed to {record.layout}", value=record.holder, allowed="a change without a sign of life",
+                do=f"wait: it is at step {record.step}; without a sign of life it can be taken back in {left:.0f} s",
+            )  # fmt: skip
+        try:
+            node.swap(kube, found, dataclasses.replace(record, holder=change.holder, until=time.time() + node.LEASE_S))
+        except Conflict:
+            continue
+        say(f"takes over the change to {record.layout} that {record.holder} left at step {record.step}")
+        return
+    raise node.busy(change.node)
+
+
+def _revert(kube: Kube, change: Change, say: Say) -> bool:
     found = node.look(kube, change.node)
     record = found.record
-    if record is not None and adopt and record.holder != change.holder and record.until < time.time():
-        say(f"takes over the change to {record.layout} that {record.holder} left at step {record.step}")
-        record = dataclasses.replace(record, holder=change.holder, until=time.time() + node.LEASE_S)
-        node.swap(kube, found, record)
     if record is None or record.holder != change.holder:
         say(f"nothing to take back on {found.title}: {'no change is open' if record is None else 'its change is of ' + record.holder}")
         return False
@@ -64,7 +103,8 @@ def _go_back(kube: Kube, change: Change, record: Record, say: Say) -> None:
         # Not earlier: a manager that is only slow must not meet the device plugin while it cuts.
         say(f"restores {', '.join(found.paused)}, which mig-manager left paused")
         node.persist(kube, change.node, change.holder, "revert", steps.restored(found, record))
-        found = steps.wait(kube, change, lambda n: n.offers in good, change.times.verify_s, say)
+    # The last labels to come back are those of gpu-feature-discovery. A node without them is put back all the same.
+    found = steps.wait(kube, change, lambda n: n.offers in good and n.labelled, change.times.verify_s, say)
     if found.offers not in good:
         raise Refused(
             f"{found.title} is left cordoned: what it offered before didn't come back within {change.times.revert_s:.0f} s",
@@ -77,4 +117,5 @@ def _go_back(kube: Kube, change: Change, record: Record, say: Say) -> None:
         node.persist(kube, change.node, change.holder, "revert", {CONFIG: None, STATE: None})
     sure = found.state == "success" or not back
     doubt = "" if sure else f"; mig-manager has not confirmed it (it says {found.state or 'nothing'})"
+    doubt += "" if found.labelled else "; the labels of gpu-feature-discovery have not come back"
     steps.give_back(kube, change, say, f"the layout before is in force: {node.said(found.offers)}{doubt}")

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from types import FrameType
 
-from forja.errors import ForjaError, Refused
+from forja.errors import Refused
 from forja.kube import Kube
 from forja.mig import change as steps
 from forja.mig import node, revert
@@ -32,31 +32,37 @@ def make(kube: Kube, change: Change, say: Say) -> str:
     if not node.differs(found, change.layout, change.known):
         say(f"layout {change.layout} is in force on {found.title}")
         return "in force"
-    steps.cordon(kube, change, say)
     try:
         with _heeding_sigterm():
+            steps.cordon(kube, change, say)
             steps.drain(kube, change, say)
             steps.apply(kube, change, say)
             steps.verify(kube, change, say)
             steps.uncordon(kube, change, say)
     except BaseException as error:
-        say(f"failed: {error or type(error).__name__}")
+        first = str(error) or type(error).__name__
+        say(f"failed: {first}")
         try:
             revert.revert(kube, change, say)
-        except ForjaError as second:
-            raise Refused(f"{error or type(error).__name__}; and then: {second}") from error
+        except Refused as second:
+            raise Refused(f"{first}; and then: {second}") from error
+        except BaseException as second:
+            raise Refused(
+                f"{first}; and then: {second or type(second).__name__}; node {change.node} may be left cordoned",
+                do=f"./forja mig revert --node {change.node}",
+            ) from error
         raise
     return "changed"
 
 
 @contextlib.contextmanager
 def holder(name: str) -> Iterator[str]:
-    """Who changes a node from this machine's command line: the user here.
+    """Who changes a node from this machine's command line: the user, with this checkout.
 
     A lock that the kernel drops when its process ends tells a change that died, which may be taken up at once, from one that runs.
 
     Raises:
-        Refused: another process of this machine changes the node.
+        Refused: another process of this checkout changes the node.
     """
     folder = Settings.from_env().state / "mig"
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +71,10 @@ def holder(name: str) -> Iterator[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Refused(
-                f"node {name}", value="being changed by another process of this machine", allowed="one change at a time"
+                f"node {name}", value="being changed by another process of this checkout", allowed="one change at a time"
             ) from None
-        yield f"{getpass.getuser()}@{socket.gethostname()}"
+        # With the folder: the lock of another checkout is another one, and its change is somebody else's.
+        yield f"{getpass.getuser()}@{socket.gethostname()}:{folder.parent}"
 
 
 @contextlib.contextmanager
