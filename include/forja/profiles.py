@@ -6,12 +6,13 @@ Only the standard library may be imported here: DAG files read profiles while Ai
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from forja.errors import BadInput
 from forja.settings import ROOT
@@ -34,6 +35,8 @@ class Profile:
     """CPU cores: the pod's request and limit; threads of a local process."""
     memory_gib: float = 2.0
     """Memory in GiB: the pod's request and limit."""
+    disk_gib: float = 50.0
+    """Local disk of a pod in GiB, its temporary files included: its request and limit."""
     nodes: int = 1
     """Pods that train together as one gang, each with all of the resources below; above 1 only with the kubernetes runner."""
     gpus: int = 0
@@ -76,6 +79,7 @@ class Profile:
         check(self.environment in ("control", "ml"), "environment", "control or ml")
         check(self.cpus > 0, "cpus", "above 0")
         check(self.memory_gib > 0, "memory_gib", "above 0")
+        check(self.disk_gib > 0, "disk_gib", "above 0")
         check(self.gpus >= 0, "gpus", "0 or more")
         check(not (self.gpus and self.mig), "mig", "either gpus or mig")
         check(self.slots >= 1, "slots", "1 or more")
@@ -106,6 +110,57 @@ class Tenant:
         for field, count in (("gpus", self.gpus), *((f"mig.{k}", v) for k, v in self.mig.items())):
             if count < 0:
                 raise BadInput(f"tenant {self.team}: field {field}", value=count, allowed="0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow:
+    """One thing beside their own pods that tenants' pods may reach: an address range, or pods of a namespace."""
+
+    name: str
+    address: str
+    """``host:port`` under which pods know it; the proof of the baseline connects to it."""
+    port: int
+    """TCP port where it listens behind its Service: policies see a connection after the Service's address was replaced."""
+    cidr: str = ""
+    """Address range, for what runs outside pods."""
+    namespace: str = ""
+    """Namespace, for what runs in pods."""
+    pods: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of those pods; all of the namespace when empty."""
+    stage: str = ""
+    """Only pods of this stage may reach it, for example ``release``; all of the tenant when empty."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, allowed: str) -> None:
+            if not ok:
+                raise BadInput(f"baseline.allow {self.name}: field {field}", value=getattr(self, field), allowed=allowed)
+
+        host, _, port = self.address.rpartition(":")
+        check(bool(NAME.fullmatch(self.name)), "name", "a-z, 0-9 and -, at most 63")
+        check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "address", "host:port")
+        check(0 < self.port < 65536, "port", "1 to 65535")
+        check(bool(self.cidr) != bool(self.namespace), "cidr", "either cidr or namespace")
+        check(not self.cidr or _is_range(self.cidr), "cidr", "an address range like 10.1.2.0/24, never of everything")
+        check(not self.namespace or bool(NAME.fullmatch(self.namespace)), "namespace", "a-z, 0-9 and -, at most 63")
+        check(not self.pods or bool(self.namespace), "pods", "labels of pods together with a namespace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What the security baseline lets tenants reach, and how it proves itself."""
+
+    probe_image: str
+    """Image of the probes' pods: anything with ``python3`` 3.10 or newer, small and present on the nodes."""
+    probe_namespace: str = "forja-probe"
+    """Namespace without network policies: probes from and to there show that a path works but for a tenant's policies."""
+    allow: tuple[Allow, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.probe_namespace):
+            raise BadInput("baseline: field probe_namespace", value=self.probe_namespace, allowed="a-z, 0-9 and -, at most 63")
+        names = [a.name for a in self.allow]
+        if len(set(names)) != len(names):
+            raise BadInput("baseline.allow: names", value=names, allowed="each name once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +195,8 @@ class Site:
     """By team."""
     gateway: Gateway | None = None
     """None where Envoy and Triton are processes of this machine."""
+    baseline: Baseline | None = None
+    """None where there is no cluster to secure."""
 
     def tenant(self, team: str) -> Tenant:
         """The tenant of a team; BadInput when the site has none."""
@@ -174,7 +231,7 @@ def load_site(name: str, folder: Path = SITES) -> Site:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
-    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway"})
+    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway", "baseline"})
     defaults = data.get("defaults", {})
     fields = {f.name for f in dataclasses.fields(Profile)} - {"name"}
     profiles = {}
@@ -194,7 +251,27 @@ def load_site(name: str, folder: Path = SITES) -> Site:
     gateway = data.get("gateway")
     if gateway is not None:
         _only(path, "gateway.", gateway, {f.name for f in dataclasses.fields(Gateway)})
-    return Site(name=name, pools=pools, profiles=profiles, tenants=tenants, gateway=Gateway(**gateway) if gateway else None)
+    return Site(
+        name=name, pools=pools, profiles=profiles, tenants=tenants, gateway=Gateway(**gateway) if gateway else None,
+        baseline=_baseline(path, data["baseline"]) if "baseline" in data else None,
+    )  # fmt: skip
+
+
+def _baseline(path: Path, table: Mapping[str, Any]) -> Baseline:
+    _only(path, "baseline.", table, {f.name for f in dataclasses.fields(Baseline)})
+    for entry in table.get("allow", ()):
+        _only(path, "baseline.allow.", entry, {f.name for f in dataclasses.fields(Allow)})
+    try:
+        return Baseline(**{**table, "allow": tuple(Allow(**entry) for entry in table.get("allow", ()))})
+    except TypeError as error:  # a key is missing
+        raise BadInput(f"{path}: table baseline", value=str(error), allowed="probe_image; for each allow: name, address, port") from None
+
+
+def _is_range(text: str) -> bool:
+    try:
+        return ipaddress.ip_network(text).prefixlen > 0
+    except ValueError:
+        return False
 
 
 def _only(path: Path, prefix: str, table: Mapping[str, object], allowed: set[str]) -> None:

@@ -81,7 +81,7 @@ def stage(verb: str, recipe: Recipe, *, variants: Sequence[str] = (), outlets: S
         inputs: the stage's inputs: tasks, references, or lists of references.
 
     Returns:
-        A StageOperator, a PodStageOperator, or either of them mapped.
+        A StageOperator, a PodStageOperator or, of several nodes, a GangStageOperator; any of them mapped.
     """
     site = load_site(Settings.from_env().site)
     profile = site.profile(getattr(recipe.profiles, verb))
@@ -101,6 +101,11 @@ def stage(verb: str, recipe: Recipe, *, variants: Sequence[str] = (), outlets: S
 
         operator = PodStageOperator
         arguments |= pod(profile, site=site, recipe=recipe, verb=verb)
+    if profile.nodes > 1:
+        from forja_airflow.gang import GangStageOperator, gang
+
+        operator = GangStageOperator
+        arguments |= gang(profile, site=site, recipe=recipe, verb=verb)
     if variants:
         return operator.partial(map_index_template="{{ task.variant }}", **arguments).expand(variant=list(variants))
     return operator(**arguments)

@@ -2,70 +2,97 @@
 
 from __future__ import annotations
 
-import datetime
-from typing import TYPE_CHECKING, Any, cast
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from kubernetes.client import models as k8s
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
 from forja.errors import BadInput
-from forja.profiles import Profile, Site
-from forja.recipes.base import Recipe
-from forja_airflow import runs
+from forja.profiles import load_site
+from forja.settings import Settings
+from forja_airflow import podcreate, podlog, podreason, runs
 from forja_airflow.links import LINKS
+from forja_airflow.podspec import pod
+from forja_airflow.podtrigger import PodTrigger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from airflow.sdk import Context
 
-SCRATCH = "/tmp"  # noqa: S108 - a volume of the pod's own
-"""The only folder of the pod that can be written."""
+__all__ = ["PodStageOperator", "pod"]
 
-SCRATCH_GIB = 50
-"""Size limit of that volume."""
+LOOK_S = 0.3
+"""Seconds between two looks at the pod meanwhile."""
 
-SAID = "/dev/termination-log"
-"""File in which the stage names its receipt; the kubelet puts it into the pod's status, so no sidecar and no log is read."""
+LOG_S = 5
+"""Seconds between two reads of the log while the task has given its slot back."""
 
-ONE_MACHINE = ("release",)
-"""Stages that need the services of one machine; a pod has none of them."""
-
-USER = 10001
-"""User and group of the image's processes."""
+FIXED: dict[str, Any] = {
+    "deferrable": True,
+    "durable": True,
+    "logging_interval": LOG_S,
+    "poll_interval": 1.0,
+    "startup_check_interval_seconds": 2,
+    "on_finish_action": "delete_pod",
+    "on_kill_action": "delete_pod",
+    # The pod's spec never goes into a log: it names secrets and addresses.
+    "log_pod_spec_on_failure": False,
+    # Each look would list the namespace's events; what a pending pod waits for stands in its status.
+    "log_events_on_startup": False,
+    "log_events_on_failure": False,
+}
+"""Arguments of KubernetesPodOperator that are the same for every stage."""
 
 
 class PodStageOperator(KubernetesPodOperator):
     """Runs one stage as a pod, or adopts what is there without one. See StageOperator for arguments and result.
 
-    Receipts are how a pod's work becomes known, so pod and task must use one lake: see ``agree``.
+    Receipts are how a pod's work becomes known, so pod and task must use one lake: see ``agree``. A person who ends the task ends its
+    pod, unless in the second or two between the task's deferral and the triggerer's first look: Airflow then tells nobody, and the
+    pod goes on to its own end.
     """
 
     template_fields: Sequence[str] = ("inputs", "variant")
     operator_extra_links: Collection[Any] = LINKS
     ui_color = "#e8f0ec"
+    # A pod outlives many restarts of what stands between it and Airflow.
+    MAX_REDEFER_ATTEMPTS = 20
+    brief_s = 20.0
+    """Seconds that the task itself waits for a pod that it started: a quick stage costs no second process and no trigger."""
 
     def __init__(self, *, verb: str, recipe: str, inputs: Mapping[str, Any] | None = None, variant: str = "", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{**FIXED, **kwargs})
         self.verb, self.recipe, self.inputs, self.variant = verb, recipe, dict(inputs or {}), variant
-        self.receipt = self.mlflow = ""
+        self.receipt = self.mlflow = self.reason = ""
+        self.pod: Any = None
+        self._mine = self._waiting = self._told = False
 
-    def execute(self, context: Context) -> str | None:
-        """Adopt the receipt that is there, or start the pod and give the slot back until it has ended."""
-        if self.verb in ONE_MACHINE:
+    def execute(self, context: Context, event: Any = None) -> str | None:
+        """Adopt the receipt that is there, or start the pod; when it takes its time, give the slot back until it has ended.
+
+        Args:
+            event: given when the task had waited for room in the tenant's quota.
+        """
+        site = load_site(Settings.from_env().site)
+        if self.verb == "release" and site.gateway is None:
             raise AirflowFailException(
-                f"{self.verb} in a pod: the router and the slots that it moves are processes of one machine; routing in a cluster comes "
-                f'with the Gateway API router; to do: until then end at the gate, or give the profile of {self.verb} runner = "local" '
-                "where Airflow runs beside Envoy and Triton"
+                f"release in a pod: site {site.name} has no gateway, and the router of one machine is out of a pod's reach; to do: add "
+                f'[gateway] to include/sites/{site.name}.toml, or give the profile of release runner = "local"'
             )
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
         self.agree(run.settings.lake)
         # Whether a result made on other hardware counts is known only on the node.
         if run.prepared.receipt is not None and not run.prepared.stage.hardware:
+            podcreate.remove(self, context)
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
         self.arm(runs.arguments(run), run.prepared.key)
-        super().execute(context)
+        self.name = self._set_name(self.name)
+        self.execute_async(context)
         return None
 
     def agree(self, lake: str) -> None:
@@ -74,7 +101,8 @@ class PodStageOperator(KubernetesPodOperator):
         Raises:
             AirflowFailException: the site file names another one, or a pod can't reach the task's.
         """
-        env = cast("dict[str, str]", self.env_vars)  # as pod() gives them
+        # As pod() gives them, or as Airflow renders them.
+        env = self.env_vars if isinstance(self.env_vars, dict) else {v.name: v.value for v in self.env_vars}
         there = env.get("FORJA_LAKE") or lake
         with runs.airflow_errors():
             if there.rstrip("/") != lake.rstrip("/"):
@@ -92,16 +120,93 @@ class PodStageOperator(KubernetesPodOperator):
     def arm(self, arguments: list[str], key: str) -> None:
         """Give the pod its stage's arguments and the label that finds it by its work's key."""
         self.arguments = arguments
-        self.labels = {**(self.labels or {}), "forja/key": key}
+        self.labels = {**(self.labels or {}), podcreate.KEY: key}
+
+    def get_or_create_pod(self, pod_request_obj: Any, context: Context) -> Any:
+        """The pod that an earlier try of this task left, running or ended, else a new one; never two."""
+        found = podcreate.left(self, context)
+        if found is None:
+            found, self._mine = podcreate.create(self, pod_request_obj, context), True
+        return found
+
+    def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
+        """Give the slot back, unless the pod ends before that is worth it."""
+        if context is not None and self._mine:
+            self._mine = False
+            self._wait(context)
+        super().invoke_defer_method(last_log_time, context)
+
+    def defer(self, *, trigger: Any, **kwargs: Any) -> NoReturn:
+        """With the house's trigger in place of the provider's."""
+        if type(trigger) is KubernetesPodTrigger:
+            trigger = PodTrigger(**trigger.serialize()[1])
+        super().defer(trigger=trigger, **kwargs)
+
+    def _wait(self, context: Context) -> None:
+        """Look at the pod until it has ended, has no node, or took ``brief_s`` seconds."""
+        self._waiting = True
+        try:
+            deadline = time.monotonic() + self.brief_s
+            while time.monotonic() < deadline and self.pod.status.phase in ("Pending", "Running", None):
+                if self._told:
+                    self._heed(context)
+                    break
+                if self.pod.status.phase == "Pending" and podreason.waits(self.pod):
+                    break
+                time.sleep(LOOK_S)
+                self.pod = self.hook.get_pod(self.pod.metadata.name, self.pod.metadata.namespace)
+        except (ApiException, HTTPError) as error:
+            self.log.info("the pod can't be seen now: %s", error)  # the trigger goes on
+        finally:
+            self._waiting = False
+
+    def on_kill(self) -> None:
+        """Delete the pod, unless it is only this process that is told to end."""
+        self._told = True
+        # In the middle of the wait it is asked first who wants it: see _heed.
+        if not self._waiting:
+            super().on_kill()
+
+    def _heed(self, context: Context) -> None:
+        """A signal came: a person who ends the task ends its pod; a worker that is stopped leaves the pod to the next one."""
+        if runs.is_running(context):
+            self.log.info("this process is told to end; the pod goes on")
+            return
+        super().on_kill()
+        raise AirflowException("the task was ended by hand, and its pod with it")
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> str:
         """The pod has ended: its receipt's path."""
-        super().trigger_reentry(context, event)
+        try:
+            super().trigger_reentry(context, event)
+        except (AirflowException, ApiException) as error:
+            if self.pod is not None or (isinstance(error, ApiException) and error.status != 404):
+                raise
+            return self._gone(context, event)
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
         state = _ended(self.pod, self.base_container_name)
         said = (state.message or "").strip() if state else ""
         times = {"spawned": state.started_at.timestamp(), "ended": state.finished_at.timestamp()} if state else {}
         return self._result(runs.settle(self, run, runs.last(run, said), context, **times), context)
+
+    def _gone(self, context: Context, event: dict[str, Any]) -> str:
+        """The pod was taken away: what it left, when it had done its work."""
+        name, namespace = event["name"], event["namespace"]
+        run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
+        if run.prepared.receipt is not None:
+            return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
+        self.reason = podreason.vanished(podcreate.events(self, name, namespace))
+        raise AirflowException(f"pod {namespace}/{name}: {self.reason}") from None
+
+    def _write_logs(self, pod: Any, follow: bool = False, since_time: Any = None) -> None:  # type: ignore[override]
+        """Tell the lines of the log that weren't told before."""
+        after = podlog.moment(since_time)
+        lines = self.client.read_namespaced_pod_log(
+            name=pod.metadata.name, namespace=pod.metadata.namespace, container=self.base_container_name, timestamps=True,
+            since_seconds=podlog.since_seconds(after), _preload_content=False,
+        )  # fmt: skip
+        for _, text in podlog.new((line.decode(errors="replace") for line in lines), after):
+            runs.log.info("%s", text)
 
     def _result(self, path: str, context: Context) -> str:
         """Push the result: with the provider's do_xcom_push off, which would add a sidecar, Airflow doesn't."""
@@ -109,89 +214,26 @@ class PodStageOperator(KubernetesPodOperator):
         return path
 
     def cleanup(self, pod: Any, remote_pod: Any, xcom_result: Any = None, context: Any = None) -> None:
-        """As the provider's, but the stage's exit status says whether a retry can help."""
+        """As the provider's, but the error is the reason, and the stage's exit status says whether a retry can help."""
+        if remote_pod is not None and remote_pod.status.phase != "Succeeded":
+            events = podcreate.events(self, remote_pod.metadata.name, remote_pod.metadata.namespace)
+            self.reason = podreason.vanished(events) if remote_pod.metadata.deletion_timestamp else podreason.why(remote_pod, events)
         try:
             super().cleanup(pod, remote_pod, xcom_result, context)
-        except AirflowException as error:
+        except AirflowException:
             state = _ended(remote_pod, self.base_container_name)
-            if state is None or not state.exit_code:
-                raise
-            lines = (state.message or str(error)).strip().splitlines()
-            raise runs.failure(state.exit_code, lines[-1] if lines else "") from error
+            if state is not None and state.exit_code and not remote_pod.status.reason:
+                raise runs.failure(state.exit_code, self.reason) from None
+            raise AirflowException(f"pod {remote_pod.metadata.namespace}/{remote_pod.metadata.name}: {self._late(remote_pod)}") from None
+
+    def _late(self, pod: Any) -> str:
+        """The reason, with the time-out that it ran into."""
+        if pod.status.phase == "Pending" and not pod.spec.node_name:
+            return f"no node within {self.schedule_timeout_seconds} s: {self.reason}"
+        return self.reason
 
 
 def _ended(pod: Any, container: str) -> Any:
     """The terminated state of a pod's container, None when it has none."""
     statuses = (pod.status.container_statuses if pod is not None and pod.status else None) or []
     return next((s.state.terminated for s in statuses if s.name == container and s.state), None)
-
-
-def pod(profile: Profile, *, site: Site, recipe: Recipe, verb: str) -> dict[str, Any]:
-    """Arguments of the operator for a profile: what the pod may use, and nothing beyond."""
-    return {
-        "name": f"forja-{recipe.name.replace('_', '-')}-{verb}",
-        "namespace": site.tenant(recipe.team).namespace,
-        "image": profile.image,
-        "cmds": ["python", "-m", "forja.stages"],
-        "env_vars": _env(profile, site.name),
-        "env_from": [k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=name)) for name in profile.secrets],
-        "container_resources": resources(profile),
-        "node_selector": dict(profile.node_selector),
-        "tolerations": [k8s.V1Toleration(key=key, operator="Exists", effect="NoSchedule") for key in profile.tolerations],
-        "priority_class_name": profile.priority_class or None,
-        "service_account_name": profile.service_account or None,
-        "automount_service_account_token": profile.token,
-        "security_context": k8s.V1PodSecurityContext(
-            run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,
-            seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
-        ),
-        "container_security_context": k8s.V1SecurityContext(
-            allow_privilege_escalation=False, privileged=False, read_only_root_filesystem=True,
-            capabilities=k8s.V1Capabilities(drop=["ALL"]),
-        ),
-        **_volumes(profile),
-        "labels": {"app.kubernetes.io/managed-by": "forja", "forja/recipe": recipe.name, "forja/stage": verb},
-        "schedule_timeout_seconds": profile.queue_timeout_s,
-        "startup_timeout_seconds": 600,
-        # Airflow counts from the task's start, so the wait for a node is in it.
-        "execution_timeout": datetime.timedelta(seconds=profile.queue_timeout_s + profile.run_timeout_s),
-        "active_deadline_seconds": profile.queue_timeout_s + profile.run_timeout_s,
-        "termination_grace_period": 30,
-        "deferrable": True,
-        "durable": True,
-        "logging_interval": 60,
-        "on_finish_action": "delete_pod",
-        # The pod's spec never goes into a log: it names secrets and addresses.
-        "log_pod_spec_on_failure": False,
-        "log_events_on_startup": False,
-        "log_events_on_failure": True,
-        "termination_message_policy": "FallbackToLogsOnError",
-        "container_name_log_prefix_enabled": False,
-    }  # fmt: skip
-
-
-def resources(profile: Profile) -> k8s.V1ResourceRequirements:
-    """Requests equal to limits, so that the pod is of the class Guaranteed."""
-    memory = f"{round(profile.memory_gib * 1024)}Mi"
-    wanted = {"cpu": f"{round(profile.cpus * 1000)}m", "memory": memory, "ephemeral-storage": f"{SCRATCH_GIB}Gi"}
-    if profile.gpus:
-        wanted["nvidia.com/gpu"] = str(profile.gpus)
-    if profile.mig:
-        wanted[f"nvidia.com/mig-{profile.mig}"] = "1"
-    return k8s.V1ResourceRequirements(requests=wanted, limits=dict(wanted))
-
-
-def _env(profile: Profile, site: str) -> dict[str, str]:
-    folders = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "FORJA_STATE": f"{SCRATCH}/state", "FORJA_CACHE": f"{SCRATCH}/cache"}
-    threads = dict.fromkeys(runs.THREADS, str(max(1, int(profile.cpus))))
-    return {**threads, **folders, **profile.env, "FORJA_SITE": site, "FORJA_RECEIPT_FILE": SAID, "PYTHONUNBUFFERED": "1"}
-
-
-def _volumes(profile: Profile) -> dict[str, Any]:
-    volumes = [k8s.V1Volume(name="scratch", empty_dir=k8s.V1EmptyDirVolumeSource(size_limit=f"{SCRATCH_GIB}Gi"))]
-    mounts = [k8s.V1VolumeMount(name="scratch", mount_path=SCRATCH)]
-    if profile.shm_gib:
-        size = f"{round(profile.shm_gib * 1024)}Mi"
-        volumes.append(k8s.V1Volume(name="shm", empty_dir=k8s.V1EmptyDirVolumeSource(medium="Memory", size_limit=size)))
-        mounts.append(k8s.V1VolumeMount(name="shm", mount_path="/dev/shm"))  # noqa: S108
-    return {"volumes": volumes, "volume_mounts": mounts}

@@ -194,6 +194,18 @@ def airflow_errors() -> Iterator[None]:
         raise failure(error.exit_code, f"{type(error).__name__}: {error}") from error
 
 
+def is_running(context: Context) -> bool:
+    """Whether Airflow still wants this task to run: not when a person ended or cleared it; yes when Airflow doesn't answer."""
+    ti = context["ti"]
+    name = ti.task_id if ti.map_index is None or ti.map_index < 0 else f"{ti.task_id}_{ti.map_index}"
+    try:
+        states = ti.get_task_states(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index)
+    except Exception as error:
+        log.info("Airflow doesn't say how this task is: %s", error)
+        return True
+    return str(states.get(ti.run_id, {}).get(name)) == "running"
+
+
 def announce(receipt: Receipt, context: Context, asset: Any) -> None:
     """Tell the DAGs that wait for the raw table about its version, once for each version.
 

@@ -12,8 +12,11 @@ from cluster import restricted
 from cluster.kit import build, netns
 from cluster.kit.node import Node
 from cluster.kit.places import places
+from cluster.platform import platform
 
 from forja import kube as k8s
+
+__all__ = ["platform"]  # one for the session: imported into a test module, it would be another one there
 
 HERE = Path(__file__).parent
 

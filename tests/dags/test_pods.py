@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from forja.profiles import Profile, load_site
 from forja.receipts import Receipt
 from forja.recipes.base import STAGES
 from forja.stages.base import Stage
-from forja_airflow import runs
+from forja_airflow import podcreate, runs
 from forja_airflow.pods import PodStageOperator, pod
 
 SITE = load_site("cluster")
@@ -63,17 +64,18 @@ def test_pod_is_restricted(verb: str) -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "forja-lake"}}]
     assert {e["name"]: e.get("value") for e in container["env"]}["FORJA_SITE"] == "cluster"
     assert all("valueFrom" not in e for e in container["env"])
-    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp"}  # noqa: S108
+    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp", "/var/cache/forja"}  # noqa: S108
+    assert all(set(v) == {"name", "emptyDir"} and v["emptyDir"]["sizeLimit"] for v in spec["volumes"])
     labels = built["metadata"]["labels"]
     assert (labels["forja/recipe"], labels["forja/stage"], labels["forja/key"]) == ("digits", verb, "f" * 32)
-    assert spec["activeDeadlineSeconds"] == profile.queue_timeout_s + profile.run_timeout_s
+    assert spec["activeDeadlineSeconds"] == 600 + profile.run_timeout_s
 
 
 def test_training_gets_its_gpu() -> None:
     built = build(SITE.profile("training"))
     spec = built["spec"]
     assert spec["containers"][0]["resources"]["limits"] == {
-        "cpu": "8000m", "memory": "32768Mi", "ephemeral-storage": "50Gi", "nvidia.com/gpu": "1",
+        "cpu": "8000m", "memory": "32768Mi", "ephemeral-storage": "51200Mi", "nvidia.com/gpu": "1",
     }  # fmt: skip
     assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert spec["priorityClassName"] == "forja-training"
@@ -94,8 +96,9 @@ def test_operator_neither_blocks_a_slot_nor_logs_the_spec() -> None:
     assert op.deferrable
     assert not op.do_xcom_push
     assert not op.log_pod_spec_on_failure
+    assert not op.log_events_on_startup  # it would list the namespace's events at each look
     assert op.schedule_timeout_seconds == 21600
-    assert op.execution_timeout.total_seconds() == 21600 + 86400
+    assert op.execution_timeout.total_seconds() == 21600 + 600 + 86400
 
 
 def lakes(op: PodStageOperator) -> list[str]:
@@ -131,8 +134,11 @@ def test_a_pod_is_refused_before_it_starts_when_the_lakes_differ(place: Path, ra
         op.execute({})
 
 
-def test_release_in_a_pod_is_refused_at_once() -> None:
-    with pytest.raises(AirflowFailException, match="Gateway API router"):
+@pytest.mark.parametrize(("site", "refused"), [("local", "site local has no gateway"), ("cluster", "inputs of release")])
+def test_release_in_a_pod_needs_a_gateway(site: str, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORJA_SITE", site)
+    monkeypatch.setattr(runs, "environment", dict)
+    with pytest.raises(AirflowFailException, match=refused):
         operator(SITE.profile("release"), "release").execute({})
 
 
@@ -154,25 +160,45 @@ def test_a_receipt_from_another_gpu_is_found_by_what_its_pod_said(place: Path, m
         runs.last(run, said)
 
 
-def ended(code: int, message: str = "") -> Any:
-    state = SimpleNamespace(terminated=SimpleNamespace(exit_code=code, message=message))
-    status = SimpleNamespace(phase="Failed", container_statuses=[SimpleNamespace(name="base", state=state)])
-    return SimpleNamespace(
-        status=status, spec=SimpleNamespace(containers=[]), metadata=SimpleNamespace(name="x", namespace="y", annotations=None)
-    )
+def parsed(kind: str, text: str) -> Any:
+    """An object of the API as its client gives it."""
+    from kubernetes.client import ApiClient
+
+    return ApiClient().deserialize(SimpleNamespace(data=text), kind)
+
+
+def ended(code: int, message: str = "", reason: str = "Error") -> Any:
+    state = {"terminated": {"exitCode": code, "message": message, "reason": reason}}
+    base = {"name": "base", "state": state, "image": "i", "imageID": "", "ready": False, "restartCount": 0}
+    limits = {"limits": {"memory": "512Mi"}}
+    pod = {
+        "metadata": {"name": "x", "namespace": "y"}, "spec": {"containers": [{"name": "base", "resources": limits}]},
+        "status": {"phase": "Failed", "containerStatuses": [base]},
+    }  # fmt: skip
+    return parsed("V1Pod", json.dumps(pod))
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
-    [(2, AirflowFailException), (3, AirflowFailException), (5, AirflowException), (137, AirflowException), (1, AirflowException)],
+    ("code", "reason", "kind", "said"),
+    [
+        (2, "Error", AirflowFailException, "BadInput: the last line"),
+        (3, "Error", AirflowFailException, "BadInput: the last line"),
+        (5, "Error", AirflowException, "BadInput: the last line"),
+        (1, "Error", AirflowException, "BadInput: the last line"),
+        (137, "OOMKilled", AirflowException, "OOMKilled: the stage needed more than its 512Mi of memory"),
+    ],
 )
-def test_exit_status_says_whether_a_retry_helps(code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_status_says_whether_a_retry_helps(
+    code: int, reason: str, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     op = operator(SITE.profile("training"))
-    for name in ("patch_already_checked", "process_pod_deletion", "_read_pod_container_states", "_read_pod_events"):
+    monkeypatch.setattr(podcreate, "events", lambda *_: [])
+    for name in ("patch_already_checked", "process_pod_deletion"):
         monkeypatch.setattr(op, name, lambda *a, **k: None)  # these talk to a cluster
     monkeypatch.setattr(op, "is_istio_enabled", lambda pod: False)
-    with pytest.raises(AirflowException, match="the last line") as raised:
-        op.cleanup(ended(code), ended(code, "first\nBadInput: the last line"))
+    pod = ended(code, "first\nBadInput: the last line", reason)
+    with pytest.raises(AirflowException, match=said) as raised:
+        op.cleanup(pod, pod)
     assert type(raised.value) is kind
 
 

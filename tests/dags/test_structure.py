@@ -19,6 +19,8 @@ from forja.recipes.base import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = recipes.names()
+PLATFORM = ("mig_layout", "security_baseline")
+"""DAGs beside the recipes', one file each."""
 HEAVY = {
     "torch", "polars", "pyarrow", "deltalake", "obstore", "mlflow", "kafka", "numpy", "pandas", "kubernetes", "fastapi", "onnx",
     "tritonclient",
@@ -34,8 +36,20 @@ def bag() -> Any:
 
 def test_no_import_errors_and_one_file_a_recipe(bag: Any) -> None:
     assert bag.import_errors == {}
-    assert set(bag.dags) == {name for recipe in RECIPES for name in (recipe, f"{recipe}_ingest")}
-    assert {p.stem for p in (ROOT / "dags").glob("*.py")} == set(RECIPES)
+    assert set(bag.dags) == {name for recipe in RECIPES for name in (recipe, f"{recipe}_ingest")} | set(PLATFORM)
+    assert {p.stem for p in (ROOT / "dags").glob("*.py")} == {*RECIPES, *PLATFORM}
+
+
+@pytest.mark.parametrize("name", PLATFORM)
+def test_dags_of_the_platform_tell_what_to_do(bag: Any, name: str) -> None:
+    dag = bag.dags[name]
+    assert "When a run fails" in dag.doc_md
+    assert (dag.catchup, dag.max_active_runs) == (False, 1)
+    for task in dag.tasks:
+        assert "hen it fails" in task.doc_md, task.task_id
+        assert task.owner == "platform"
+        assert task.retries > 0
+        assert task.execution_timeout is not None
 
 
 @pytest.mark.parametrize("site", ["local", "cluster"])

@@ -13,6 +13,9 @@ from forja.recipes.base import STAGES
 from forja.settings import Settings
 
 GOOD = '[pools]\ncpu = 1\n[profiles.p]\nrunner = "local"\nenvironment = "ml"\n'
+ALLOW = (
+    GOOD + '[baseline]\nprobe_image = "x:1"\n[[baseline.allow]]\nname = "kafka"\naddress = "k:9092"\nport = 9092\ncidr = "10.1.2.0/24"\n'
+)
 
 BAD = {
     "unknown key": (GOOD + "gpu = 1\n", r"profiles\.p\.gpu"),
@@ -27,6 +30,19 @@ BAD = {
     "a tenant's negative quota": (GOOD + '[tenants.vision]\nnamespace = "x"\nmig = {"1g.10gb" = -1}\n', r"field mig\.1g\.10gb"),
     "a tenant's unknown key": (GOOD + '[tenants.vision]\nnamespace = "x"\ngpu = 1\n', r"tenants\.vision\.gpu"),
     "a gateway's unknown key": (GOOD + "[gateway]\nport = 80\n", r"gateway\.port"),
+    "a baseline's unknown key": (GOOD + '[baseline]\nprobe_image = "x:1"\ndeny = []\n', r"baseline\.deny"),
+    "a baseline without an image": (GOOD + "[baseline]\n", "probe_image"),
+    "a probe namespace that is none": (GOOD + '[baseline]\nprobe_image = "x:1"\nprobe_namespace = "A"\n', "field probe_namespace"),
+    "an allowed thing's unknown key": (ALLOW + "ports = [1]\n", r"baseline\.allow\.ports"),
+    "an allowed thing without an address": (ALLOW.replace("address", "#"), "address"),
+    "an allowed thing's address without a port": (ALLOW.replace("k:9092", "k"), "field address"),
+    "an allowed thing's port": (ALLOW.replace("port = 9092", "port = 0"), "field port"),
+    "an allowed thing nowhere": (ALLOW.replace("cidr", "#"), "field cidr"),
+    "an allowed thing in two places": (ALLOW + 'namespace = "forja"\n', "field cidr"),
+    "everything allowed": (ALLOW.replace("10.1.2.0/24", "0.0.0.0/0"), "field cidr"),
+    "a range with host bits": (ALLOW.replace("10.1.2.0/24", "10.1.2.1/24"), "field cidr"),
+    "labels without a namespace": (ALLOW + 'pods = { app = "k" }\n', "field pods"),
+    "one name for two allowed things": (ALLOW + ALLOW.partition("\n[[")[2].join(["[[", ""]), "each name once"),
     "a pod without an image": (GOOD.replace('"local"', '"kubernetes"'), "field image"),
     "a pod with the latest image": (GOOD.replace('"local"', '"kubernetes"') + 'image = "x:latest"\n', "field image"),
 }

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from forja.cli import bench, data, run, services
+from forja.cli import baseline, bench, data, mig, run, services
 from forja.errors import ForjaError
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ services.register(app)
 run.register(app)
 data.register(app)
 bench.register(app)
+baseline.register(app)
+mig.register(app)
 
 
 @app.command("setup", help="Make the environments and fetch Kafka's jars (the launcher does this on the system's Python).")
