@@ -126,6 +126,8 @@ def _here(pid: int) -> dict[str, object]:
         "namespace": os.readlink("/proc/self/ns/pid"),
         "pid": pid,
         "start": _start(pid),
+        "gang": os.environ.get("FORJA_GANG", ""),
+        "attempt": int(os.environ.get("FORJA_GANG_ATTEMPT") or 0),
     }
 
 
@@ -139,8 +141,10 @@ def _start(pid: int) -> str:
 
 
 def _dead_here(held: bytes) -> bool:
-    """Whether the holder ran in this very pid namespace and is gone: no need to wait for its beat."""
+    """Whether the holder ran in this very pid namespace, or in an earlier try of this gang, and is gone: no need to wait for its beat."""
     holder = json.loads(held)
     here = _here(os.getpid())
+    if here["gang"] and here["gang"] == holder.get("gang") and int(str(here["attempt"])) > holder["attempt"]:
+        return True  # a gang of pods is started again only when none of its pods is left
     same = all(holder.get(k) == here[k] for k in ("boot", "namespace", "host"))
     return same and _start(int(holder["pid"])) != holder["start"]

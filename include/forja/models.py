@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -56,6 +55,8 @@ def bin_edges(features: Any, labels: Any, bins: int) -> list[list[float]]:
     Returns:
         One ascending list for each feature: its smallest value, thresholds, its largest value; empty if it is constant.
     """
+    from sklearn.tree import DecisionTreeClassifier  # half of a rank's imports, for those that don't call this
+
     together = DecisionTreeClassifier(max_leaf_nodes=max(bins, 2), min_samples_leaf=4, random_state=0)
     joint = together.fit(features, labels).tree_
     rows = []

@@ -17,6 +17,7 @@ from forja.errors import BadInput, ForjaError
 from forja.recipes.base import STAGES
 from forja.settings import Settings
 from forja.stages import harness
+from forja.training import launch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     # Airflow and Kubernetes end a stage with SIGTERM: leave by an exception, so that the claim is released.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        receipt, written = harness.execute(
-            Settings.from_env(), arguments.verb, recipes.load(arguments.recipe), parse_refs(arguments.inputs),
-            variant=arguments.variant, code=arguments.code,
-        )  # fmt: skip
+        settings, recipe, refs = Settings.from_env(), recipes.load(arguments.recipe), parse_refs(arguments.inputs)
+        if launch.member().index:
+            from forja.training import member
+
+            member.follow(settings, arguments.verb, recipe, refs, code=arguments.code)
+            return 0
+        receipt, written = harness.execute(settings, arguments.verb, recipe, refs, variant=arguments.variant, code=arguments.code)
     except ForjaError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

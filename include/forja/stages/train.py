@@ -1,33 +1,32 @@
 """train: a dataset into a trained network, by PyTorch DDP under torchrun.
 
 What it does: copies the dataset's shards, starts one process for each rank (gloo on CPUs, NCCL on GPUs), sends metrics to
-MLflow while they come, and keeps checkpoints in the lake. A second try goes on from the newest checkpoint.
+MLflow while they come, and keeps checkpoints in the lake. A second try goes on from the newest checkpoint. A profile with
+several nodes makes it a gang of pods, each with its share of the recipe's ranks.
 
-When it fails: read the last lines of its log; a rank that dies ends the others. MLflow may be away: the history is in the
-lake and register sends what is missing.
+When it fails: read the last lines of its log; a rank that dies ends the others, and a gang begins again, all of it, from the
+newest checkpoint. MLflow may be away: the history is in the lake and register sends what is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forja import loading
-from forja.errors import ForjaError, Refused
+from forja.errors import BadInput, Refused
+from forja.receipts import Receipt
 from forja.recipes.base import Cnn, Images, Mlp, Recipe, Table, Training
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
 from forja.tracking import RunLog
-from forja.training import Config, checkpoint_path, epoch_of, newest_checkpoint
+from forja.training import Config, Handout, checkpoint_path, epoch_of, launch, newest_checkpoint
 
 if TYPE_CHECKING:
     # torchrun starts it: the key depends on its code, though this process never loads it.
@@ -58,24 +57,23 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     Raises:
         ForjaError: a rank failed; its own message is above this one.
     """
+    me = launch.member()
+    if me.index:
+        raise BadInput("member of a gang that trains", value=me.index, allowed="0: the others lend it their processors")
     dataset_receipt = work.receipt(plan.input("dataset"))
     statistics = json.loads(work.load(dataset_receipt, "statistics.json"))
     history = work.scratch / "history.jsonl"
-    log = RunLog(
-        uri=work.settings.mlflow, experiment=f"{plan.team}/{plan.recipe}", key=work.key, name=f"{plan.recipe}-{work.key[:8]}",
-        tags={"forja.recipe": plan.recipe, "forja.dataset": dataset_receipt.path, "forja.dataset_digest": dataset_receipt.digest},
-        params={"dataset": dataset_receipt.path, "model": repr(plan.parts.model), **_params(plan.parts.training)},
-    )  # fmt: skip
     resumed = _restore(work, history)
-    for point in _points(history):
-        log.add(point)
-    config = _config(plan, work, dataset_receipt, statistics)
-    ranks = world_size(plan.parts.training)
-    _torchrun(config, plan, ranks, work, history, log)
+    log = _log(plan, work, dataset_receipt, _points(history))
+    if me.nodes == 1:
+        log()  # its libraries are read beside PyTorch's; where a whole gang waits for a member, PyTorch goes first
+    handout = _handout(plan, work, dataset_receipt, statistics, me)
+    ranks = launch.ranks(plan.parts.training, me)
+    _torchrun(handout, plan, ranks, work, history, log, me)
     points = _points(history)
     model = work.save("model.pt", work.scratch / "model.pt")
     series = work.save("history.jsonl", history)
-    run_id, unsent = log.close()
+    run_id, unsent = log().close()
     last = _numbers(points, plan)
     report = [f"{plan.parts.training.epochs} epochs, validation {plan.parts.metric} {last[f'validation_{plan.parts.metric}']:.4f}"]
     if resumed:
@@ -85,11 +83,28 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     return Outcome(
         outputs={"model.pt": model, "history.jsonl": series},
         metrics={k: float(v) for k, v in last.items()},
-        facts={"mlflow_run": run_id, "resumed_after_epoch": resumed, "ranks": ranks},
+        facts={"mlflow_run": run_id, "resumed_after_epoch": resumed, "ranks": ranks * me.nodes, "nodes": me.nodes},
         report=report,
         obsolete=_checkpoints(work),
         versions={"torch": version("torch"), "nvidia-dali-cuda120": version("nvidia-dali-cuda120")},
     )
+
+
+def _log(plan: Plan[Parts], work: Work, dataset: Receipt, points: list[dict[str, Any]]) -> Callable[[], RunLog]:
+    """The run in MLflow, opened by the first call, with the ``points`` of an earlier try."""
+
+    @functools.cache
+    def log() -> RunLog:
+        made = RunLog(
+            uri=work.settings.mlflow, experiment=f"{plan.team}/{plan.recipe}", key=work.key, name=f"{plan.recipe}-{work.key[:8]}",
+            tags={"forja.recipe": plan.recipe, "forja.dataset": dataset.path, "forja.dataset_digest": dataset.digest},
+            params={"dataset": dataset.path, "model": repr(plan.parts.model), **_params(plan.parts.training)},
+        )  # fmt: skip
+        for point in points:
+            made.add(point)
+        return made
+
+    return log
 
 
 def _numbers(points: list[dict[str, Any]], plan: Plan[Parts]) -> dict[str, float]:
@@ -108,7 +123,7 @@ def _params(training: Training) -> dict[str, str]:
     return {name: str(value) for name, value in dataclasses.asdict(training).items()}
 
 
-def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, Any]) -> Path:
+def _handout(plan: Plan[Parts], work: Work, receipt: Receipt, statistics: dict[str, Any], me: launch.Member) -> Path:
     dataset, model = plan.parts.dataset, plan.parts.model
     edges: list[list[float]] = []
     if isinstance(model, Mlp) and model.bins:
@@ -117,63 +132,44 @@ def _config(plan: Plan[Parts], work: Work, receipt: Any, statistics: dict[str, A
         data = loading.arrays(work, receipt, dataset, "train")
         edges = models.bin_edges(data.inputs, data.labels, model.bins)
     config = Config(
-        folder=work.scratch, dataset=dataset, model=model, training=plan.parts.training, metric=plan.parts.metric,
+        dataset=dataset, model=model, training=plan.parts.training, metric=plan.parts.metric,
         mean=statistics["mean"], std=statistics["std"], edges=edges,
         class_counts=list(statistics["splits"]["train"]["classes"].values()),
-        train=loading.fetch(work, receipt, "train"), validation=loading.fetch(work, receipt, "validation"),
     )  # fmt: skip
-    path = work.scratch / "config.pickle"
-    path.write_bytes(pickle.dumps(config))
+    return hand_out(work, receipt, me, config)
+
+
+def hand_out(work: Work, receipt: Receipt, me: launch.Member, config: Config | None) -> Path:
+    """Copy the dataset's shards and write what this machine's ranks read first; ``config`` is None for all members but 0."""
+    handout = Handout(
+        folder=work.scratch, train=loading.fetch(work, receipt, "train"), validation=loading.fetch(work, receipt, "validation"),
+        config=config, timeout_s=me.timeout_s if me.nodes > 1 else None,
+    )  # fmt: skip
+    path = work.scratch / "handout.pickle"
+    path.write_bytes(pickle.dumps(handout))
     return path
 
 
-def world_size(training: Training) -> int:
-    """Ranks on this machine: the recipe's, but no more than there are GPUs where there are any; the batch stays the same."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return training.ranks
-    import torch
-
-    return min(training.ranks, max(torch.cuda.device_count(), 1)) if torch.cuda.is_available() else training.ranks
-
-
-def _torchrun(config: Path, plan: Plan[Parts], ranks: int, work: Work, history: Path, log: RunLog) -> None:
+def _torchrun(
+    handout: Path, plan: Plan[Parts], ranks: int, work: Work, history: Path, log: Callable[[], RunLog], me: launch.Member
+) -> None:
+    """Run the ranks; each epoch goes to the log and to MLflow, each checkpoint to the lake, as they come."""
     epochs = plan.parts.training.epochs
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        # Gloo greets on standard output and has no switch for it; what a rank has to say goes to the history or to standard error.
-        "--redirects=1",
-        f"--log-dir={work.scratch / 'ranks'}",
-        "-m",
-        "forja.training.rank",
-        str(config),
-    ]
-    # Threads beyond the cores make OpenMP's waiting loops take turns: 20 times slower on two cores was seen.
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))) // ranks)
-    work.say(f"torchrun with {ranks} ranks of {threads} threads")
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    of = f" on each of {me.nodes} nodes" if me.nodes > 1 else ""
+    work.say(f"torchrun with {ranks} ranks of {launch.threads(ranks)} threads{of}")
     seen, checkpoint = len(_points(history)), newest_checkpoint(work.scratch)
-    try:
-        while True:
-            code = process.poll()
-            for point in _points(history)[seen:]:
-                seen += 1
-                log.add(point)
-                work.say(f"epoch {point['step']}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in sorted(point["metrics"].items())))
-            checkpoint = _keep(work, history, checkpoint)
-            if code is not None:
-                break
-            work.check()
-            time.sleep(0.1)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-    if code:
-        raise ForjaError(f"torchrun ended with status {code}", do="read the rank's own message above")
+
+    def look() -> bool:
+        nonlocal seen, checkpoint
+        for point in _points(history)[seen:]:
+            seen += 1
+            log().add(point)
+            work.say(f"epoch {point['step']}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in sorted(point["metrics"].items())))
+        checkpoint = _keep(work, history, checkpoint)
+        work.check()
+        return False
+
+    launch.run(handout, me, ranks, work.key, look)
 
 
 def _points(history: Path) -> list[dict[str, Any]]:

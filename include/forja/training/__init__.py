@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every rank gets from the stage, as a pickle in the scratch folder."""
+    """What all ranks train, and how."""
 
-    folder: Path
-    """Where rank 0 writes history.jsonl, checkpoint-<epoch>.pt and model.pt."""
     dataset: Images | Table
     model: Cnn | Mlp
     training: Training
@@ -27,8 +25,20 @@ class Config:
     std: list[float]
     edges: list[list[float]]
     class_counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handout:
+    """What the ranks of one machine get from their stage, as a pickle in its scratch folder."""
+
+    folder: Path
+    """Where the rank that writes leaves history.jsonl, checkpoint-<epoch>.pt and model.pt."""
     train: Shards
     validation: Shards
+    config: Config | None
+    """None on the members of a gang that get it from member 0's rank."""
+    timeout_s: int | None = None
+    """Seconds that a rank waits for another in a step; None for PyTorch's default, half an hour with gloo."""
 
 
 def build(config: Config) -> torch.nn.Module:

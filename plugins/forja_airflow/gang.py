@@ -1,0 +1,149 @@
+"""Training as a gang of pods: the pod of a profile with several nodes, as often as it says, in a JobSet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from kubernetes.client import ApiClient
+
+from forja import errors
+from forja.errors import BadInput
+from forja.profiles import Profile, Site
+from forja.recipes.base import Recipe
+from forja_airflow import clusters, gang_jobset, runs
+from forja_airflow.gang_trigger import GangTrigger
+from forja_airflow.pods import PodStageOperator
+from forja_airflow.podspec import pod
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from forja.kube import Kube, Object
+
+
+class GangStageOperator(PodStageOperator):
+    """Runs train as a gang of pods, or adopts what is there. See StageOperator for arguments and result.
+
+    The gang's name comes from the work's key, so a task that was killed finds it again, and a second one waits for the same gang.
+    Failing members are the JobSet's business: it begins the whole gang again from its checkpoint, as often as the profile's retries
+    allow. A retry of the task is for what happens to Airflow.
+
+    Args:
+        nodes: members.
+        restarts: how often the gang may begin again.
+        queue_s: seconds that a pod may wait for a node.
+        run_s: seconds that the gang may run.
+    """
+
+    ui_color = "#dfeee6"
+
+    def __init__(self, *, nodes: int, restarts: int, queue_s: int, run_s: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.nodes, self.restarts, self.queue_s, self.run_s = nodes, restarts, queue_s, run_s
+        self._gang: Object | None = None
+
+    def execute(self, context: Context, event: Any = None) -> str | None:
+        """Adopt the receipt that is there, or start the gang and give the slot back until it has ended."""
+        run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
+        self.agree(run.settings.lake)
+        if run.prepared.receipt is not None:
+            return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
+        self.arm(runs.arguments(run), run.prepared.key)
+        with runs.airflow_errors():
+            self._gang, taken = gang_jobset.submit(self._kube(), self.jobset(run.prepared.key))
+        meta = self._gang["metadata"]
+        runs.log.info("JobSet %s/%s: %s", meta["namespace"], meta["name"], f"adopted, {taken}" if taken else f"{self.nodes} pods")
+        began = gang_jobset.moment(meta["creationTimestamp"])
+        trigger = GangTrigger(
+            str(self.kubernetes_conn_id), meta["namespace"], meta["name"], meta["uid"], self.queue_s, began + self.queue_s + self.run_s
+        )  # fmt: skip
+        self.defer(
+            trigger=trigger, method_name="resume", kwargs={"jobset": {"metadata": {k: meta[k] for k in ("name", "namespace", "uid")}}}
+        )
+
+    def jobset(self, key: str) -> Object:
+        """The manifest: the pod that the profile describes, once for each member."""
+        alone = ApiClient().sanitize_for_serialization(self.build_pod_request_obj(dry_run=True))
+        return gang_jobset.manifest(
+            alone, recipe=self.recipe, key=key, nodes=self.nodes, restarts=self.restarts, queue_s=self.queue_s
+        )  # fmt: skip
+
+    def resume(self, context: Context, event: dict[str, Any], jobset: Object) -> str:
+        """The gang has ended, or must: its receipt's path.
+
+        Raises:
+            AirflowFailException: the gang failed for good.
+            AirflowException: it is worth another try.
+        """
+        self._gang = jobset
+        kube, status = self._kube(), event["status"]
+        with runs.airflow_errors():
+            there = kube.get("JobSet", jobset["metadata"]["name"], jobset["metadata"]["namespace"])
+            there = there if there is not None and there["metadata"]["uid"] == jobset["metadata"]["uid"] else None
+            if status in ("completed", "gone"):
+                path = self._adopt(context, self._times(kube, there))
+                gang_jobset.remove(kube, jobset)
+                return path
+            end = gang_jobset.epitaph(kube, there or jobset)
+            gang_jobset.remove(kube, jobset)
+        raise failure(status, event["message"], end)
+
+    def _adopt(self, context: Context, times: dict[str, float]) -> str:
+        """The receipt that member 0 left."""
+        run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
+        return self._result(runs.settle(self, run, runs.last(run), context, **times), context)
+
+    def _times(self, kube: Kube, jobset: Object | None) -> dict[str, float]:
+        """When member 0 began and ended."""
+        end = gang_jobset.ended(next(iter(gang_jobset.pods(kube, jobset) if jobset else []), {}))
+        return {"spawned": gang_jobset.moment(end["startedAt"]), "ended": gang_jobset.moment(end["finishedAt"])} if end else {}
+
+    def on_kill(self) -> None:
+        """A person ended the task while it ran; while it is deferred, its trigger does this."""
+        if self._gang is not None:
+            gang_jobset.remove(self._kube(), self._gang)
+
+    def _kube(self) -> Kube:
+        return clusters.connect(str(self.kubernetes_conn_id))
+
+
+def failure(status: str, message: str, end: gang_jobset.End) -> AirflowException:
+    """What an end of a gang means for Airflow.
+
+    Args:
+        status: the trigger's.
+        message: the trigger's.
+        end: what the cluster knows of it.
+    """
+    if status == "failed":
+        kind = errors.BY_EXIT_CODE.get(end.code)
+        if kind is not None and kind.retry:
+            # Restarts come at once, a service that is away comes back in its own time.
+            return AirflowException(f"the gang failed: {kind.__doc__}\n{end.text}")
+        why = "it has used up its restarts" if kind is None else "no restart can mend it"
+        return AirflowFailException(f"the gang failed, and {why}:\n{end.text}")
+    what = {"held up": "the gang never ran", "late": "the gang was ended", "refused": "the cluster refuses to tell about the gang"}[status]
+    return AirflowException(f"{what}: {message}" + ("" if end.text in message else f"\n{end.text}"))
+
+
+def gang(profile: Profile, *, site: Site, recipe: Recipe, verb: str) -> dict[str, Any]:
+    """Arguments of the operator for a profile with several nodes.
+
+    Raises:
+        BadInput: a stage that can't be shared out, or ranks that can't be.
+    """
+    if verb != "train":
+        raise BadInput(
+            f"profile {profile.name}: field nodes", value=profile.nodes, allowed=f"1 for {verb}: only train runs as a gang of pods",
+            do=f"give {verb} another profile in the recipe {recipe.name}",
+        )  # fmt: skip
+    if recipe.training.ranks % profile.nodes:
+        raise BadInput(
+            f"profile {profile.name}: field nodes", value=profile.nodes, allowed=f"a divisor of {recipe.training.ranks}",
+            do=f"see training.ranks of the recipe {recipe.name}: each node gets its share of them",
+        )  # fmt: skip
+    return {
+        **pod(profile, site=site, recipe=recipe, verb=verb),
+        "nodes": profile.nodes, "restarts": profile.retries, "queue_s": profile.queue_timeout_s, "run_s": profile.run_timeout_s,
+    }  # fmt: skip

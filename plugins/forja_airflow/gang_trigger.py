@@ -1,0 +1,136 @@
+"""Waits for a gang in Airflow's triggerer: its JobSet's end, its time-outs, and member 0's log as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from forja.errors import ForjaError, Unavailable
+from forja.kube import ApiError, Kube, Object, place
+from forja_airflow import clusters, gang_jobset, podlog
+
+EVERY_S = 2.0
+"""Seconds between two looks."""
+
+CALM_S = 30.0
+"""Longest wait between two tries to reach an API server that doesn't answer."""
+
+
+class GangTrigger(BaseTrigger):
+    """Fires once: ``{"status": "completed" | "failed" | "gone" | "held up" | "late" | "refused", "message": ...}``.
+
+    It never fires because the API server is away: it looks again, less and less often, until ``deadline``.
+
+    Args:
+        conn_id: Airflow connection to the cluster; what it holds is not kept in Airflow's database.
+        namespace: of the JobSet.
+        name: of the JobSet.
+        uid: of the JobSet: another one of the same name isn't watched.
+        queue_s: seconds that a pod may wait for a node.
+        deadline: when the gang must have ended, in seconds since 1970.
+    """
+
+    def __init__(self, conn_id: str, namespace: str, name: str, uid: str, queue_s: int, deadline: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.conn_id, self.namespace, self.name, self.uid, self.queue_s, self.deadline = conn_id, namespace, name, uid, queue_s, deadline
+        self._kube: Kube | None = None
+        self._pod, self._attempt = "", 0
+        self._last: datetime.datetime | None = None
+        self._buried: set[str] = set()
+        self._whole = time.monotonic()
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Class path and arguments."""
+        names = ("conn_id", "namespace", "name", "uid", "queue_s", "deadline")
+        return "forja_airflow.gang_trigger.GangTrigger", {name: getattr(self, name) for name in names}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Look until there is something to tell."""
+        calm = EVERY_S
+        while True:
+            status, message = "", ""
+            try:
+                # The client blocks; a thread of its own keeps the triggerer's loop free.
+                status, message = await asyncio.to_thread(self._look)
+                calm = EVERY_S
+            except ForjaError as error:
+                if not passes(error):
+                    status, message = "refused", str(error)
+                calm = min(calm * 2, CALM_S)
+                self.log.warning("no answer about JobSet %s; next look in %.0f s: %s", self.name, calm, error)
+            if not status and time.time() > self.deadline:
+                status, message = "late", "the profile's queue_timeout_s and run_timeout_s are over"
+            if status:
+                yield TriggerEvent({"status": status, "message": message})  # type: ignore[no-untyped-call]
+                return
+            await asyncio.sleep(calm)
+
+    async def on_kill(self) -> None:
+        """A person ended the task: end the gang. The triggerer's own end comes without this call."""
+        await asyncio.to_thread(lambda: gang_jobset.remove(self._connect(), self._named()))
+
+    def _named(self) -> Object:
+        return {"metadata": {"name": self.name, "namespace": self.namespace, "uid": self.uid}}
+
+    def _connect(self) -> Kube:
+        self._kube = self._kube or clusters.connect(self.conn_id)
+        return self._kube
+
+    def _look(self) -> tuple[str, str]:
+        """Status and message; empty while there is nothing to tell."""
+        kube = self._connect()
+        jobset = kube.get("JobSet", self.name, self.namespace)
+        if jobset is None or jobset["metadata"]["uid"] != self.uid:
+            return "gone", "somebody removed its JobSet"
+        members = gang_jobset.pods(kube, jobset)
+        self._tell(kube, jobset, members)
+        state = gang_jobset.state(jobset)
+        if state != "running":
+            return state, ""
+        if len(members) >= gang_jobset.size(jobset):
+            self._whole = time.monotonic()
+        reason = gang_jobset.held_up(kube, jobset, members, queue_s=self.queue_s, lacking_s=time.monotonic() - self._whole, now=time.time())
+        return ("held up", reason) if reason else ("", "")
+
+    def _tell(self, kube: Kube, jobset: Object, members: list[Object]) -> None:
+        """Write to the task's log what is new: member 0's lines, members that failed, and restarts."""
+        for pod in members[:1]:
+            self._follow(kube, pod)
+        for pod in members:
+            end = gang_jobset.ended(pod)
+            if end.get("exitCode") and pod["metadata"]["uid"] not in self._buried:
+                self._buried.add(pod["metadata"]["uid"])
+                last = (end.get("message") or "").strip().splitlines()[-1:]
+                self.log.warning("pod %s ended with status %s: %s", pod["metadata"]["name"], end["exitCode"], *last or [""])
+        attempt = jobset.get("status", {}).get("restarts", 0)
+        if attempt > self._attempt:
+            self._attempt = attempt
+            most = jobset["spec"]["failurePolicy"]["maxRestarts"]
+            self.log.warning("the gang begins again from its newest checkpoint, restart %s of %s", attempt, most)
+
+    def _follow(self, kube: Kube, pod: Object) -> None:
+        """Lines of a pod's log that came since the last look."""
+        if pod["metadata"]["uid"] != self._pod:
+            self._pod, self._last = pod["metadata"]["uid"], None
+        query: dict[str, object] = {"timestamps": "true"}
+        if (seconds := podlog.since_seconds(self._last)) is not None:
+            query["sinceSeconds"] = seconds
+        try:
+            text = kube.request("GET", f"{place('Pod', self.namespace)}/{pod['metadata']['name']}/log", query=query)
+        except ApiError as error:
+            if error.status in (400, 404):  # its container hasn't started, or is gone
+                return
+            raise
+        for moment, line in podlog.new(str(text).splitlines(), self._last):
+            self._last = moment
+            self.log.info("%s", line)
+
+
+def passes(error: ForjaError) -> bool:
+    """Whether looking again can help: the API server is away or busy."""
+    return isinstance(error, Unavailable) or (isinstance(error, ApiError) and (error.status >= 500 or error.status in (409, 429)))
