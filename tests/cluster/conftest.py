@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,9 @@ from cluster import restricted
 from cluster.kit import build, netns
 from cluster.kit.node import Node
 from cluster.kit.places import places
-from cluster.platform import platform
+from cluster.platform import Platform, attached, running
 
 from forja import kube as k8s
-
-__all__ = ["platform"]  # one for the session: imported into a test module, it would be another one there
 
 HERE = Path(__file__).parent
 
@@ -34,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _inside() -> bool:
     return netns.PATH.exists() and netns.PATH.stat().st_ino == Path("/proc/self/ns/net").stat().st_ino
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[Platform]:
+    """Kafka, MLflow, the lake and Airflow for all tests of a session.
+
+    With FORJA_PLATFORM, the state folder of one that runs (``python -m cluster.platform``), it is that one.
+    """
+    there = os.environ.get("FORJA_PLATFORM")
+    with attached(Path(there)) if there else running() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

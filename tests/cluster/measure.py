@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from cluster import baseline_site, pod_pair
+from cluster import baseline_site, gangs, pod_pair
 from cluster.kit.places import places
 from cluster.platform import running
 
@@ -34,12 +34,19 @@ def pod() -> dict[str, Any]:
         return pod_pair.measure(platform, say=say)
 
 
+def gang() -> dict[str, Any]:
+    """Seconds from kill -9 of a member to the first step of all after the restart: the worse of both members."""
+    with running() as platform, gangs.tenant(platform):
+        found = {f"member_{member}_s": round(gangs.measure(platform, member), 1) for member in (0, 1)}
+    return {"gang_restart_s": max(found.values()), **found}
+
+
 def say(text: str) -> None:
     """One line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
-PARTS = {"baseline": baseline, "pod": pod}
+PARTS = {"baseline": baseline, "pod": pod, "gang": gang}
 
 
 def main(part: str) -> None:

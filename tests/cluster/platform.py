@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cluster import access, services
 from cluster.kit.places import ROOT, places
 
@@ -263,27 +262,6 @@ def _connect(admin: Kube, session: airflow_api.Airflow, settings: Settings) -> N
         path = access.kubeconfig(admin, places().kubeconfig, account, folder)
         extra = json.dumps({"kube_config_path": str(path)})
         session._ask("POST", "/api/v2/connections", json={"connection_id": connection, "conn_type": "kubernetes", "extra": extra})
-
-
-_shared: list[tuple[contextlib.AbstractContextManager[Platform], Platform]] = []
-
-
-@pytest.fixture(scope="session")
-def platform() -> Iterator[Platform]:
-    """The platform, one for all files of a session that import this fixture; it ends with the last of them.
-
-    With FORJA_PLATFORM, the state folder of one that runs, it is that one.
-    """
-    there = os.environ.get("FORJA_PLATFORM")
-    if not _shared:
-        started = attached(Path(there)) if there else running()
-        _shared.append((started, started.__enter__()))
-    else:
-        _shared.append(_shared[0])
-    yield _shared[0][1]
-    started, _ = _shared.pop()
-    if not _shared:
-        started.__exit__(None, None, None)
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from cluster import access, pod_work
-from cluster.platform import Platform, platform
+from cluster.platform import Platform
 
-__all__ = ["CROWDED", "NAMESPACE", "ended", "holding", "left", "of", "platform", "tenants"]
+__all__ = ["CROWDED", "NAMESPACE", "ended", "holding", "left", "of", "tenants"]
 
 NAMESPACE, CROWDED = "forja-test-pods", "forja-test-crowded"
 """Namespaces of the pods of dags/pods.py."""

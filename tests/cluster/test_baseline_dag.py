@@ -6,12 +6,10 @@ import json
 from typing import Any
 
 from cluster.baseline_site import install
-from cluster.platform import Platform, platform
+from cluster.platform import Platform
 
 from forja.baseline.probes import CONTROLS
 from forja.services import airflow_api
-
-__all__ = ["platform"]
 
 DAG = "security_baseline"
 STEPS = ("assert_before", "plan", "apply", "assert_after")

@@ -6,9 +6,9 @@ import json
 
 from cluster.mig import ADMIN, BALANCED, gpu, run_on, running, space, state
 from cluster.mig_manager import managing
-from cluster.platform import Platform, platform
+from cluster.platform import Platform
 
-__all__ = ["gpu", "platform", "space"]
+__all__ = ["gpu", "space"]
 
 STEPS = ("assert", "plan", "cordon", "drain", "apply", "verify", "uncordon", "revert")
 

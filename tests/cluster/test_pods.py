@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 from cluster import pod_work
 from cluster.platform import Platform
-from cluster.pods_fixtures import CROWDED, holding, left, platform, tenants
+from cluster.pods_fixtures import CROWDED, holding, left, tenants
 
-__all__ = ["platform", "tenants"]
+__all__ = ["tenants"]
 
 WRONG = {
     "pods_image": ("", ("ErrImagePull", '"10.99.0.1:7070/absent:1"')),

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 from cluster.platform import Platform
-from cluster.pods_fixtures import NAMESPACE, holding, platform, tenants
+from cluster.pods_fixtures import NAMESPACE, holding, tenants
 
 from forja import kube
 from forja.kube import ApiError, Kube
 
-__all__ = ["platform", "tenants"]
+__all__ = ["tenants"]
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 STRANGERS = {"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "x-"}, "spec": {"containers": [{"name": "c", "image": "i:1"}]}}

@@ -10,11 +10,11 @@ import pytest
 from cluster import access, pod_work
 from cluster.kit.node import Node
 from cluster.platform import Platform
-from cluster.pods_fixtures import NAMESPACE, ended, left, of, platform, tenants
+from cluster.pods_fixtures import NAMESPACE, ended, left, of, tenants
 
 from forja.services import supervisor
 
-__all__ = ["platform", "tenants"]
+__all__ = ["tenants"]
 
 TASK = "transform"
 

@@ -1,4 +1,4 @@
-"""Models to release on a stack with Envoy, Triton and MLflow, with the receipts that lead to each."""
+"""Models to release where there are a router, Triton and MLflow, with the receipts that lead to each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from integration.conftest import Stack
 
 from forja import receipts, recipes, tracking
 from forja.lake import Lake, sha256
@@ -20,7 +19,6 @@ from forja.receipts import Input, Output, Receipt
 from forja.services import supervisor
 from forja.services.triton import slot
 from forja.serving import triton
-from forja.serving.router import EnvoyRouter
 from forja.stages import harness
 
 MODEL = "digits"
@@ -28,12 +26,13 @@ MODEL = "digits"
 
 @dataclass(kw_only=True)
 class Serving:
-    """A stack with Envoy, Triton and MLflow, and models to release."""
+    """A router, Triton and MLflow, and models to release."""
 
-    stack: Stack
+    stack: Any
+    """What runs, by its ``settings`` and ``env``: a stack of this machine, or the platform of a cluster."""
     models: Path
     lake: Lake
-    router: EnvoyRouter
+    router: Any
     inputs: dict[tuple[int, bool], dict[str, str]] = field(default_factory=dict)
 
     @property

@@ -26,9 +26,9 @@ from forja.errors import BadInput, Conflict, Refused, Unavailable
 from forja.lake import Lake
 from forja.services import probes, supervisor
 from forja.services.triton import SLOTS, slot
-from forja.serving import repository, triton
-from forja.serving.router import EnvoyRouter, Route
-from forja.stages import release
+from forja.serving import repository, slots, triton
+from forja.serving.envoy_router import EnvoyRouter
+from forja.serving.router import Route
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_live_server_that_is_late_is_not_restarted(
     serving.release(1)
     live = serving.router.read(MODEL).live
     pid = serving.pid(live)
-    monkeypatch.setattr(release, "PATIENCE_S", patience_s)
+    monkeypatch.setattr(slots, "PATIENCE_S", patience_s)
     os.kill(pid, signal.SIGSTOP)
     resume = threading.Timer(8, os.kill, (pid, signal.SIGCONT))  # later than one probe waits
     try:

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from forja.errors import BadInput, Conflict, Damaged, Unavailable
-from forja.serving import router
-from forja.serving.router import EnvoyRouter, Route
+from forja.serving import envoy_router
+from forja.serving.envoy_router import EnvoyRouter
+from forja.serving.router import Route
 from forja.settings import Settings
 
 BAD = {
     "not 100 together": {"weights": {"blue": 50, "green": 40}},
     "below 0": {"weights": {"blue": 150, "green": -50}},
-    "a slot that nobody has": {"weights": {"red": 100}},
-    "a mirror that nobody has": {"weights": {"blue": 100}, "mirror": "red"},
+    "no name of a backend": {"weights": {"Red!": 100}},
+    "no name of a mirror": {"weights": {"blue": 100}, "mirror": "a.b"},
 }
 
 
@@ -41,6 +42,13 @@ class Followed(EnvoyRouter):
 def test_bad_routes(name: str) -> None:
     with pytest.raises(BadInput):
         Route(model="digits", **BAD[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("route", [{"weights": {"red": 100}}, {"weights": {"blue": 100}, "mirror": "red"}], ids=["weight", "mirror"])
+def test_envoy_has_two_slots(route: dict[str, Any], settings: Settings) -> None:
+    with pytest.raises(BadInput, match="allowed: blue, green"):
+        Followed(settings).swap(0, Route(model="digits", **route))
+    assert Followed(settings).read("digits") == Route(model="digits")
 
 
 def test_live_slot() -> None:
@@ -108,7 +116,7 @@ def test_files_hold_all_models(settings: Settings) -> None:
 )
 def test_what_passes_to_a_model(method: str, path: str, passes: bool) -> None:
     """Envoy matches the whole path, as re.fullmatch does."""
-    found = [m for m in router._matches("digits") if re.fullmatch(m["safe_regex"]["regex"], path)]
+    found = [m for m in envoy_router._matches("digits") if re.fullmatch(m["safe_regex"]["regex"], path)]
     assert any(m["headers"] == [{"name": ":method", "string_match": {"exact": method}}] for m in found) is passes
 
 
@@ -116,7 +124,7 @@ def test_equal_routes_are_equal_bytes(settings: Settings) -> None:
     envoy = Followed(settings)
     envoy.swap(0, Route(model="digits", weights={"blue": 100}))
     before = files(settings)
-    envoy.ensure()
+    envoy.ensure("digits")
     assert files(settings) == before
     envoy.swap(1, Route(model="digits", weights={"green": 100}))
     assert files(settings)[1]["version_info"] != before[1]["version_info"]
@@ -127,7 +135,7 @@ def test_lost_files_come_back(settings: Settings) -> None:
     envoy.swap(0, Route(model="digits", weights={"blue": 100}))
     before = files(settings)
     (settings.state / "envoy" / "rds.yaml").unlink()
-    envoy.ensure()
+    envoy.ensure("digits")
     assert files(settings) == before
 
 
@@ -144,7 +152,7 @@ def test_more_retries_at_a_time_than_envoys_three(settings: Settings) -> None:
     assert cluster["circuit_breakers"]["thresholds"][0]["max_retries"] >= 1000
     route = table["virtual_hosts"][0]["routes"][0]["route"]
     assert "503" not in str(route["retry_policy"])
-    assert table["virtual_hosts"][0]["request_body_buffer_limit"] == router.BODY_BYTES
+    assert table["virtual_hosts"][0]["request_body_buffer_limit"] == envoy_router.BODY_BYTES
 
 
 def files(settings: Settings) -> tuple[Any, Any]:

@@ -38,14 +38,19 @@ def run(
     data: Annotated[Path | None, typer.Option("--data", help="File with the samples, where the recipe needs one.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """From events to a prediction from the served model."""
+    """From events to a prediction from the served model.
+
+    Services of this machine are started; those of a cluster are there, Airflow included, and are found by the environment.
+    """
     from forja import chain, recipes, samples
+    from forja.profiles import load_site
 
     settings, loaded, began = Settings.from_env(), recipes.load(recipe), time.monotonic()
     samples.samples(loaded, data)  # a path that is wrong is said before anything starts
     out, sys.stdout = sys.stdout, sys.stderr if json_ else sys.stdout
     try:
-        up()
+        if load_site(settings.site).gateway is None:
+            up()
         produce(recipe, data)
         with Board() as board:
             done = chain.run(settings, loaded, board, board.say)
@@ -88,6 +93,8 @@ def show(settings: Settings, summary: dict[str, Any]) -> None:
     """Print the summary."""
     from rich.console import Console
 
+    from forja.services.triton import SLOTS
+
     console = Console(highlight=False)
     release, gate, answer, ui = summary["release"], summary["gate"], summary["prediction"], summary["ui"]
     console.print()
@@ -95,13 +102,15 @@ def show(settings: Settings, summary: dict[str, Any]) -> None:
     console.print(f"[bold]gate[/]        {gate['reason']}")
     test = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in summary["test"].items())
     console.print(f"[bold]test split[/]  {test}  [dim](fp32, reported once)[/]")
-    console.print(f"[bold]live[/]        {release['model']} version {release['version']}, {release['variant']}, slot {release['slot']}")
+    here = release["slot"] in SLOTS
+    place = f"{'slot' if here else 'deployment'} {release['slot']}"
+    console.print(f"[bold]live[/]        {release['model']} version {release['version']}, {release['variant']}, {place}")
     console.print(f"[bold]endpoint[/]    {settings.endpoint}/v2/models/{release['model']}/infer")
     console.print(f"[bold]prediction[/]  {answer['sample']}: {answer['answer']} (probability {answer['probability']:.3f})")
     console.print(f"[bold]Airflow[/]     {ui['airflow']}  [dim]user {ui['user']}, password {ui['password']}[/]", soft_wrap=True)
     console.print(f"[bold]MLflow[/]      {ui['mlflow']}")
     console.print(f"[bold]receipt[/]     ./forja show {summary['receipt']}", soft_wrap=True)
-    console.print(f"\nEverything is up and stays up; make down stops it. {summary['seconds']:.0f} s in all.")
+    console.print(f"\nEverything is up and stays up{'; make down stops it' if here else ''}. {summary['seconds']:.0f} s in all.")
 
 
 def variants_table(variants: list[dict[str, Any]], gate: dict[str, Any]) -> Table:

@@ -23,6 +23,8 @@ from forja.settings import Settings
 
 SlotName = Literal["blue", "green"]
 SLOTS: tuple[SlotName, ...] = get_args(SlotName)
+STACK_MIB = 256
+"""Stack of Triton's threads: 2.51 parses JSON on it, and with 8 MiB a body of about 4 MiB ends the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +63,40 @@ def programs(settings: Settings) -> list[Program]:
 
 
 def _program(settings: Settings, python: Path, recipe: str, place: Slot) -> Program:
-    server = _server(python)
-    libraries = (_site_packages(python) / "nvidia_pytriton.libs", (libpython() or python).parent)
     prefix = f"forja_{hashlib.sha256(str(settings.state).encode()).hexdigest()[:8]}_{recipe}_{place.name}_"
+    numbers = (place.http_port, place.grpc_port, place.metrics_port)
+    return Program(
+        name=place.program,
+        service="triton",
+        command=command(settings, python, place.repository, address="127.0.0.1", ports=numbers, shm_prefix=prefix),
+        cwd=place.repository.parent,
+        env=environment(python),
+        ports=tuple(Port(number=n, setting="triton") for n in numbers),
+        ready=lambda started: probes.http_ok(f"http://127.0.0.1:{place.http_port}/v2/health/ready"),
+        autostart=place.repository.is_dir() and any(p.is_dir() for p in place.repository.iterdir()),
+        stop_seconds=15,
+        shm_prefix=prefix,
+        stack_mib=STACK_MIB,
+    )
+
+
+def command(
+    settings: Settings, python: Path, repository: Path, *, address: str, ports: tuple[int, int, int], shm_prefix: str
+) -> tuple[str, ...]:
+    """Triton's command line for all models of a repository.
+
+    Args:
+        python: interpreter of the serving environment.
+        address: IP address for HTTP. gRPC and the metrics stay on the loopback.
+        ports: of HTTP, gRPC and the metrics.
+        shm_prefix: beginning of the names of its shared memory.
+    """
+    server = _server(python)
     options = {
-        "model-repository": place.repository,
+        "model-repository": repository,
         "backend-directory": _backends(settings, python),
         "cache-directory": server / "caches",
-        "backend-config": f"python,shm-region-prefix-name={prefix}",
+        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         "model-control-mode": "explicit",
         "load-model": "*",
         # A model that doesn't load must not take the server down, nor make its health "not ready" for good: whoever
@@ -76,37 +104,34 @@ def _program(settings: Settings, python: Path, recipe: str, place: Slot) -> Prog
         "exit-on-error": "false",
         "strict-readiness": "false",
         "exit-timeout-secs": 5,
-        "http-address": "127.0.0.1",
-        "http-port": place.http_port,
+        "http-address": address,
+        "http-port": ports[0],
         "grpc-address": "127.0.0.1",
-        "grpc-port": place.grpc_port,
+        "grpc-port": ports[1],
         "metrics-address": "127.0.0.1",
-        "metrics-port": place.metrics_port,
+        "metrics-port": ports[2],
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
     }
-    return Program(
-        name=place.program,
-        service="triton",
-        command=(str(server / "bin" / "tritonserver"), *(f"--{k}={v}" for k, v in options.items())),
-        cwd=place.repository.parent,
-        env={"PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":".join(map(str, libraries))},
-        ports=tuple(Port(number=n, setting="triton") for n in (place.http_port, place.grpc_port, place.metrics_port)),
-        ready=lambda started: probes.http_ok(f"http://127.0.0.1:{place.http_port}/v2/health/ready"),
-        autostart=place.repository.is_dir() and any(p.is_dir() for p in place.repository.iterdir()),
-        stop_seconds=15,
-        shm_prefix=prefix,
-        # 2.51 parses JSON on the stack of a thread: with 8 MiB a body of about 4 MiB ends the server.
-        stack_mib=256,
-    )
+    return (str(server / "bin" / "tritonserver"), *(f"--{k}={v}" for k, v in options.items()))
+
+
+def environment(python: Path) -> dict[str, str]:
+    """Environment variables of a Triton that ``command`` starts."""
+    libraries = (_site_packages(python) / "nvidia_pytriton.libs", (libpython() or python).parent)
+    return {"PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin", "LD_LIBRARY_PATH": ":".join(map(str, libraries))}
 
 
 def prepare(settings: Settings) -> None:
-    """Make the slots' folders, and the backend folder that holds the stub for this version of Python."""
+    """Make the slots' folders, and the folder of backends."""
     for recipe in recipes.names():
         for name in SLOTS:
             private(slot(settings, recipe, name).repository)
-    python = envs.python("serving", settings)
+    make_backends(settings, envs.python("serving", settings))
+
+
+def make_backends(settings: Settings, python: Path) -> None:
+    """Make the folder of backends, which holds the stub for this version of Python."""
     target = _backends(settings, python)
     if target.is_dir():
         return

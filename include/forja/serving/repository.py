@@ -52,6 +52,8 @@ class Release:
     """Paths in the lake of the receipts that led to it."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each file, by its path in the release's folder."""
+    objects: Mapping[str, str] = field(default_factory=dict)
+    """Path in the lake of each file."""
     replaces: str = ""
     """Version that was live when this release was made; empty for the first one."""
     schema: int = SCHEMA
@@ -60,6 +62,18 @@ class Release:
     def identity(self) -> str:
         """Digest of what is served: equal identities answer equally, whichever receipts led there."""
         return sha256(canonical([self.model, self.version, self.variant, dict(self.digests)]))[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A release as it lies in the lake, and its files."""
+
+    release: Release
+    path: str
+    """Path in the lake of its release.json."""
+    sha256: str
+    contents: Mapping[str, bytes]
+    """Its files but release.json, by their paths in the release's folder."""
 
 
 def preprocess(dataset: Images | Table) -> dict[str, Any]:
@@ -126,10 +140,7 @@ def install(place: Slot, release: Release, contents: Mapping[str, bytes]) -> Non
     releases = private(place.repository.parent / "releases")
     part = releases / f".{release.identity}.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
-    body = {**dataclasses.asdict(release), "identity": release.identity}
-    for name, data in {**contents, "release.json": json.dumps(body, indent=1, sort_keys=True).encode()}.items():
-        private((part / name).parent)
-        (part / name).write_bytes(data)
+    unpack(part, {**contents, "release.json": to_json(release)})
     target = releases / release.identity
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
@@ -137,6 +148,30 @@ def install(place: Slot, release: Release, contents: Mapping[str, bytes]) -> Non
     for old in releases.iterdir():
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def unpack(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a release's files into ``folder``, by their paths in it."""
+    for name, data in contents.items():
+        private((folder / name).parent)
+        (folder / name).write_bytes(data)
+
+
+def to_json(release: Release) -> bytes:
+    """Content of release.json."""
+    return json.dumps({**dataclasses.asdict(release), "identity": release.identity}, indent=1, sort_keys=True).encode()
+
+
+def parse(data: bytes, path: str, where: str) -> Release:
+    """Read the release.json of ``path`` in the lake or in a slot; Damaged when it is none, or of another schema."""
+    try:
+        body = json.loads(data)
+        if body["schema"] != SCHEMA:
+            raise Damaged(f"schema of the release in {where}", value=body["schema"], allowed=str(SCHEMA), do="release again")
+        del body["identity"]
+        return Release(**{**body, "classes": tuple(body["classes"]), "shape": tuple(body["shape"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"release in {where}", value=path, do="release again") from error
 
 
 def _link(place: Slot, model: str, target: Path) -> None:
@@ -158,16 +193,7 @@ def remove(place: Slot, model: str) -> None:
 def installed(place: Slot, model: str) -> Release | None:
     """The release in a slot, None for an empty one; Damaged when its release.json can't be read or is of another schema."""
     path = place.repository / model / "release.json"
-    if not path.is_file():
-        return None
-    try:
-        body = json.loads(path.read_bytes())
-        if body["schema"] != SCHEMA:
-            raise Damaged("schema of the release in a slot", value=body["schema"], allowed=str(SCHEMA), do="release again")
-        del body["identity"]
-        return Release(**{**body, "classes": tuple(body["classes"]), "shape": tuple(body["shape"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged("release in a slot", value=str(path), do="release again") from error
+    return parse(path.read_bytes(), str(path), "a slot") if path.is_file() else None
 
 
 def intact(place: Slot, release: Release) -> bool:

@@ -1,30 +1,20 @@
-"""The router: which slot of a model gets which share of its requests.
+"""Routes: which backend of a model gets which share of its requests, and what moves them.
 
-It is the lock of every rollout: who moves traffic names the version of the route that it has seen, and is refused when
-somebody else was faster. Envoy reads its routes from files (xDS over the file system).
+A backend is a place that holds one release: a slot of this machine, or a Deployment of a cluster. The router is the lock of
+every rollout: who moves traffic names the version of the route that it has seen, and is refused when somebody else was faster.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from forja.errors import BadInput, Conflict, Damaged, Unavailable
-from forja.lake import canonical, sha256
-from forja.services import envoy, probes
-from forja.services.folders import locked, write, write_if_new
-from forja.services.triton import SLOTS, slot
-from forja.settings import Settings
+from forja.errors import BadInput
 
-IN_FORCE_S = 10.0
-"""Seconds that Envoy gets to take a new route; half a second is what it needs."""
-BODY_BYTES = 64 << 20
-"""Largest request body that is kept for a retry: Triton's own limit (--http-max-input-size)."""
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Names of backends: what a Service may be called (RFC 1035)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +25,29 @@ class Route:
     version: int = 0
     """Counts the swaps of this model; 0 when it has never been routed."""
     weights: Mapping[str, int] = field(default_factory=dict)
-    """Per cent of the requests for each slot; 100 together, or empty when the model isn't routed."""
+    """Per cent of the requests for each backend; 100 together, or empty when the model isn't routed."""
     mirror: str = ""
-    """Slot that gets a copy of every request, its answers thrown away; empty for none."""
+    """Backend that gets a copy of every request, its answers thrown away; empty for none."""
+    before: str = ""
+    """Backend that was live before this one, kept for going back; empty for none."""
 
     def __post_init__(self) -> None:
-        slots = {*self.weights, *([self.mirror] if self.mirror else [])}
-        if not slots <= set(SLOTS):
-            raise BadInput(f"route of {self.model}: slots", value=sorted(slots), allowed=", ".join(SLOTS))
+        for name in sorted(self.backends):
+            if not NAME.fullmatch(name):
+                raise BadInput(f"route of {self.model}: backend", value=name, allowed="a-z, 0-9 and -, from a letter on, at most 63")
         values = list(self.weights.values())
         if values and (min(values) < 0 or sum(values) != 100):
             raise BadInput(f"route of {self.model}: weights", value=dict(self.weights), allowed="0 to 100 each, 100 together")
 
     @property
     def live(self) -> str:
-        """The slot with the largest share; empty when the model isn't routed."""
+        """The backend with the largest share; empty when the model isn't routed."""
         return max(self.weights, key=lambda s: self.weights[s], default="")
+
+    @property
+    def backends(self) -> set[str]:
+        """All that get requests, or copies of them."""
+        return {*self.weights, *([self.mirror] if self.mirror else [])}
 
 
 class Router(Protocol):
@@ -67,171 +64,16 @@ class Router(Protocol):
             Unavailable: the router didn't take it in time; the route before is in force again.
         """
 
-    def ensure(self) -> None:
-        """Put the recorded routes of all models in force again; Unavailable when the router doesn't take them."""
+    def ensure(self, model: str) -> None:
+        """Put the recorded route of a model in force again; Unavailable when the router doesn't take it."""
 
 
-class EnvoyRouter:
-    """Envoy on this machine. Routes are kept in state/envoy/routes, one file a model, and rendered for Envoy from there."""
+def allowed(model: str) -> dict[str, str]:
+    """What a client may ask of a model or of one version, by method: a regular expression for the whole path. The rest is 404.
 
-    def __init__(self, settings: Settings, in_force_s: float = IN_FORCE_S) -> None:
-        self._settings = settings
-        self._in_force_s = in_force_s
-        self._folder = settings.state / "envoy" / "routes"
-
-    def read(self, model: str) -> Route:
-        """See ``Router``; Damaged when the file is no route."""
-        path = self._path(model)
-        if not path.is_file():
-            return Route(model=model)
-        try:
-            return Route(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise Damaged("route", value=str(path), do="remove the file and release again") from error
-
-    def swap(self, expected: int, new: Route) -> Route:
-        """See ``Router``."""
-        with locked(self._settings, "router"):
-            old = self.read(new.model)
-            if old.version != expected:
-                thing = f"route of {new.model}: somebody else moved it, version"
-                raise Conflict(thing, value=old.version, allowed=str(expected), do="read the route and decide again")
-            # The record comes first: a process that dies between the two leaves a record that ``ensure`` puts in force.
-            # The other way round, Envoy would send requests to a slot that the record calls idle.
-            taken = self._record(new, expected + 1)
-            try:
-                self._render()
-            except Unavailable as error:
-                self._record(old, expected + 2)
-                self._files()
-                raise Unavailable(f"route of {new.model}: {error.thing}; the route before is in force again", do=error.do) from error
-            return taken
-
-    def ensure(self) -> None:
-        """See ``Router``."""
-        with locked(self._settings, "router"):
-            self._render()
-
-    def _path(self, model: str) -> Path:
-        return self._folder / f"{model}.json"
-
-    def _record(self, route: Route, version: int) -> Route:
-        taken = Route(model=route.model, version=version, weights=dict(route.weights), mirror=route.mirror)
-        body = {"model": taken.model, "version": version, "weights": dict(taken.weights), "mirror": taken.mirror}
-        write(self._path(route.model), json.dumps(body, indent=1) + "\n")
-        return taken
-
-    def _files(self) -> tuple[str, str]:
-        """Write both files; the versions of clusters and routes. Clusters first: a route must not name one that isn't there."""
-        routes = [self.read(p.stem) for p in sorted(self._folder.glob("*.json"))]
-        routed = [r for r in routes if r.weights]
-        cds = envoy.cds(self._settings), clusters(self._settings, routed)
-        rds = envoy.rds(self._settings), [table(routed)]
-        versions = []
-        for path, resources in (cds, rds):
-            # Equal content has an equal version: Envoy keeps the old version's name when nothing changed.
-            version = sha256(canonical(resources))[:12]
-            write_if_new(path, json.dumps({"version_info": version, "resources": resources}, indent=1) + "\n")
-            versions.append(version)
-        return versions[0], versions[1]
-
-    def _render(self) -> None:
-        wanted = self._files()
-        deadline = time.monotonic() + self._in_force_s
-        found, wrong = ("", ""), "it doesn't answer"
-        while time.monotonic() < deadline:
-            found, wrong = self._in_force()
-            if found == wanted:
-                return
-            time.sleep(0.05)
-        raise Unavailable(f"Envoy has not taken the new routes in {self._in_force_s:g} s ({wrong})", value=found, do="./forja logs envoy")
-
-    def _in_force(self) -> tuple[tuple[str, str], str]:
-        """Versions of clusters and routes that Envoy uses, and what it says against the newest ones."""
-        try:
-            dump = probes.http_json(f"http://127.0.0.1:{self._settings.ports['envoy_admin']}/config_dump")
-        except (OSError, ValueError) as error:
-            return ("", ""), f"it doesn't answer: {error}"
-        cluster_version = route_version = ""
-        wrong: list[str] = []
-        for config in dump.get("configs", []):
-            kind = config.get("@type", "").rpartition(".")[2]
-            if kind == "ClustersConfigDump":
-                cluster_version = config.get("version_info", "")
-            for entry in config.get("dynamic_route_configs", []) if kind == "RoutesConfigDump" else []:
-                if entry.get("route_config", {}).get("name") == envoy.ROUTES:
-                    route_version = entry.get("version_info", "")
-            failed = [e.get("error_state") for group in config.values() if isinstance(group, list) for e in group if isinstance(e, dict)]
-            wrong += [e.get("details", "refused") for e in failed if e]
-        return (cluster_version, route_version), "; ".join(wrong) or "it still uses others"
-
-
-def table(routes: list[Route]) -> dict[str, Any]:
-    """Envoy's route configuration: what a client may ask of each model, and 404 for the rest.
-
-    Triton has more under a model's path: its configuration and ``trace/setting``, which a POST changes; loading and unloading
-    lie beside it. None of that is for clients, so what passes is named here, not what is kept out.
-    """
-    # Inference changes nothing, so a request may be sent again. A killed Triton is back within seconds (its supervisor
-    # restarts it): connections are refused until the model is loaded, and what was in flight is reset. The back-off is
-    # random, up to 0.1, 0.2, 0.4, 0.8 s and then 1.5 s: 24 tries last 16 s, and 10 s or more in 998 of 1000 cases. Not
-    # more of them, since a request that itself crashes the server crashes it again at each try. An overloaded server
-    # answers 503, which is not tried again: that would be more of what it has too much of.
-    retry = {
-        "retry_on": "connect-failure,refused-stream,reset",
-        "num_retries": 24,
-        "retry_back_off": {"base_interval": "0.1s", "max_interval": "1.5s"},
-        "per_try_timeout": "10s",
-    }
-    entries = []
-    for route in routes:
-        action: dict[str, Any] = {
-            "weighted_clusters": {"clusters": [{"name": f"{route.model}-{s}", "weight": w} for s, w in sorted(route.weights.items())]},
-            "timeout": "30s",
-            "retry_policy": retry,
-        }
-        if route.mirror:
-            action["request_mirror_policies"] = [{"cluster": f"{route.model}-{route.mirror}"}]
-        entries += [{"match": match, "route": action} for match in _matches(route.model)]
-    unknown = {"status": 404, "body": {"inline_string": '{"error":"no model is released under this name"}'}}
-    entries.append({"match": {"prefix": "/"}, "direct_response": unknown})
-    host = {"name": "models", "domains": ["*"], "routes": entries, "request_body_buffer_limit": BODY_BYTES}
-    return {"@type": f"{envoy.TYPE}.config.route.v3.RouteConfiguration", "name": envoy.ROUTES, "virtual_hosts": [host]}
-
-
-def _matches(model: str) -> list[dict[str, Any]]:
-    """Requests for inference, readiness, statistics and metadata of a model or of one version, by method and whole path.
-
+    Inference, readiness, statistics and metadata. Triton has more under a model's path: its configuration and ``trace/setting``,
+    which a POST changes; loading and unloading lie beside it. So what passes is named here, not what is kept out.
     https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
     """
     path = rf"/v2/models/{re.escape(model)}(/versions/[0-9]+)?"
-    allowed = {"POST": f"{path}/infer", "GET": f"{path}(/ready|/stats)?"}
-    return [
-        {"safe_regex": {"regex": regex}, "headers": [{"name": ":method", "string_match": {"exact": method}}]}
-        for method, regex in allowed.items()
-    ]
-
-
-def clusters(settings: Settings, routes: list[Route]) -> list[dict[str, Any]]:
-    """Envoy's clusters: both slots of every model that is routed."""
-    return [_cluster(f"{r.model}-{name}", slot(settings, r.model, name).http_port) for r in routes for name in SLOTS]
-
-
-def _cluster(name: str, port: int) -> dict[str, Any]:
-    address = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-    # The default of three retries at a time would fail most requests of an outage.
-    limits = {"max_connections": 1024, "max_pending_requests": 4096, "max_requests": 4096, "max_retries": 4096}
-    protocol = {
-        "@type": f"{envoy.TYPE}.extensions.upstreams.http.v3.HttpProtocolOptions",
-        "common_http_protocol_options": {"idle_timeout": "30s"},
-        "explicit_http_config": {"http_protocol_options": {}},
-    }
-    return {
-        "@type": f"{envoy.TYPE}.config.cluster.v3.Cluster",
-        "name": name,
-        "type": "STATIC",
-        "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}]},
-        "circuit_breakers": {"thresholds": [{"priority": "DEFAULT", **limits}]},
-        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol},
-    }
+    return {"POST": f"{path}/infer", "GET": f"{path}(/ready|/stats)?"}

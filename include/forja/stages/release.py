@@ -1,11 +1,12 @@
 """release: the variant that the gate chose goes live.
 
-What it does: writes the Triton repository into the model's idle slot, starts that slot, asks it for the golden samples,
-moves the router to it, asks again through the router, and sets MLflow's aliases. When this very release is live already it
-changes nothing but what differs: a slot that is down, a route that Envoy lost, an alias that is missing. The gate says which
-variant; the version is that of this run's register receipt, since a gate that was adopted may know one that MLflow lost.
+What it does: keeps the Triton repository in the lake, brings it up beside what is live (in the idle slot of one machine, or in
+a Deployment of a cluster, as the site says), asks it for the golden samples, moves the router to it, asks again through the
+router, and sets MLflow's aliases. When this very release is live already it changes nothing but what differs: a server that is
+down, a route that was lost, an alias that is missing. The gate says which variant; the version is that of this run's register
+receipt, since a gate that was adopted may know one that MLflow lost.
 
-When it fails: before traffic moved, the live slot and the route are as they were. A failed smoke test names the
+When it fails: before traffic moved, the live server and the route are as they were. A failed smoke test names the
 difference; Unavailable names the service, and a retry goes on from what it finds.
 """
 
@@ -14,34 +15,28 @@ from __future__ import annotations
 import dataclasses
 import io
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from forja import tracking
-from forja.errors import BadInput, Damaged, ForjaError, Refused, Unavailable
-from forja.lake import canonical
-from forja.receipts import Receipt
+from forja import kube, tracking
+from forja.errors import BadInput, Conflict, Damaged, ForjaError, Refused
+from forja.lake import sha256
+from forja.profiles import load_site
+from forja.receipts import Output, Receipt
 from forja.recipes.base import Images, Recipe, Table
-from forja.services import supervisor
-from forja.services.folders import locked
-from forja.services.triton import SLOTS, Slot, slot
 from forja.serving import repository, triton
-from forja.serving.repository import Release
-from forja.serving.router import EnvoyRouter, Route, Router
+from forja.serving.place import Place
+from forja.serving.repository import Bundle, Release
+from forja.serving.router import Route
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate", "model"))
-LOAD_S = 60.0
-"""Seconds that a slot gets to load a release."""
-PATIENCE_S = 20.0
-"""Seconds that a live server which runs gets to answer: under load, or just restarted by its supervisor, it is late."""
 SEEN_S = 3.0
 """Seconds until every worker thread of the router must follow a route that is in force."""
 
@@ -53,6 +48,7 @@ class Parts:
     dataset: Images | Table
     max_batch: int
     tolerance: float
+    profile: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,9 @@ class Candidate:
     """What is to be live: the release, its files, and the answers that it must give."""
 
     release: Release
-    contents: Mapping[str, bytes]
+    contents: dict[str, bytes]
+    stored: dict[str, Output]
+    """Its files as they lie in the lake."""
     golden: triton.Golden
     tolerance: float
     run_id: str | None
@@ -75,41 +73,61 @@ class Candidate:
 
 def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
     """See ``forja.stages.base``."""
-    parts = Parts(dataset=recipe.dataset, max_batch=recipe.optimize.max_batch, tolerance=recipe.rollout.tolerance)
+    parts = Parts(
+        dataset=recipe.dataset, max_batch=recipe.optimize.max_batch, tolerance=recipe.rollout.tolerance, profile=recipe.profiles.release
+    )
     return Plan(stage="release", recipe=recipe.name, team=recipe.team, parts=parts, inputs=inputs)
 
 
 def run(plan: Plan[Parts], work: Work) -> Outcome:
-    """Bring the model's slots, route and aliases to what the gate chose.
+    """Bring the model's servers, route and aliases to what the gate chose.
 
     Raises:
         BadInput: the gate judged another model than ``model``.
         Refused: the gate chose nothing, Triton could not load the release, or its golden answers differ.
         Conflict: somebody else moved the route meanwhile.
-        Unavailable: Triton, Envoy, the supervisor or MLflow doesn't answer.
+        Unavailable: Triton, the router, what keeps the servers, or MLflow doesn't answer.
     """
-    # Importing mlflow takes seconds, which pass while Triton starts.
+    place = _place(plan, work)
+    # Importing mlflow takes seconds, which pass while Triton starts. The place comes first: the cluster's client and mlflow import
+    # the same packages, which two threads must not do at once.
     registry = ThreadPoolExecutor(1).submit(tracking.client, work.settings.mlflow)
     candidate = _candidate(plan, work)
-    router = EnvoyRouter(work.settings)
-    # One release of a model at a time, on this machine: both would write into the same idle slot. The kernel drops the
-    # lock of a process that is killed.
-    with locked(work.settings, f"release-{plan.recipe}"):
-        route = router.read(plan.recipe)
+    with place.locked():
+        route = place.router.read(plan.recipe)
         if route.weights:
-            # A release that was killed may have recorded a route that Envoy doesn't follow yet. Before anything is stopped, the
-            # slot that takes the requests must be the one that the record calls live.
-            router.ensure()
-        live = _live(work, route, candidate)
+            # A release that was killed may have recorded a route that the router doesn't follow yet. Before anything is stopped,
+            # what takes the requests must be what the record calls live.
+            place.router.ensure(plan.recipe)
+        live = _live(work, place, route, candidate)
         if live is None:
-            route, live, worst = _deploy(work, router, route, candidate)
+            route, live, worst = _deploy(work, place, route, candidate)
         else:
             worst = _through_router(work, candidate)
-            work.say(f"version {live.version} ({live.variant}) is live already in slot {route.live}")
+            work.say(f"version {live.version} ({live.variant}) is live already in {place.title(route.live)}")
+        place.tidy(route)
         # Last, and after traffic moved: aliases only tell what the router does, and a model that mends something must
         # not wait for a registry. When MLflow is away this raises Unavailable, and the retry finds the release live.
         _aliases(work, registry.result(), live)
-    return _outcome(work, route, live, worst, candidate.run_id)
+    return _outcome(work, place, route, live, worst, candidate)
+
+
+def _place(plan: Plan[Parts], work: Work) -> Place:
+    """Where the site serves its models: the slots of this machine, or Deployments behind its gateway."""
+    site = load_site(work.settings.site)
+    if site.gateway is None:
+        from forja.serving.slots import Slots
+
+        return Slots(work.settings, plan.recipe, work.say, work.check)
+    from forja.serving.deployments import Deployments
+    from forja.serving.triton_pod import Serving
+
+    profile, settings = site.profile(plan.parts.profile), work.settings
+    serving = Serving(
+        model=plan.recipe, namespace=site.tenant(plan.team).namespace, gateway=site.gateway, lake=settings.lake, endpoint=settings.endpoint,
+        secrets=profile.secrets, start_s=profile.queue_timeout_s,
+    )  # fmt: skip
+    return Deployments(kube.connect(), work.lake, serving, work.say, work.check)
 
 
 def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
@@ -136,12 +154,19 @@ def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
         receipts={"gate": gate.path, "optimize": optimize.path, "register": registered.path},
     )
     contents = repository.files(release, work.load(optimize, "model.onnx"))
+    stored = {name: _stored(work, name, data, optimize.output("model.onnx")) for name, data in contents.items()}
+    objects = {name: output.path for name, output in stored.items()}
     with numpy.load(io.BytesIO(work.load(optimize, "golden.npz")), allow_pickle=False) as arrays:
         golden = triton.Golden(inputs=arrays["inputs"], probabilities=arrays["probabilities"])
     return Candidate(
-        release=repository.sealed(release, contents), contents=contents, golden=golden, tolerance=plan.parts.tolerance,
-        run_id=registered.facts.get("mlflow_run"),
+        release=dataclasses.replace(repository.sealed(release, contents), objects=objects), contents=contents, stored=stored,
+        golden=golden, tolerance=plan.parts.tolerance, run_id=registered.facts.get("mlflow_run"),
     )  # fmt: skip
+
+
+def _stored(work: Work, name: str, data: bytes, model: Output) -> Output:
+    """A file of the release in the lake, where the model itself lies already."""
+    return model if sha256(data) == model.sha256 else work.save(name.rpartition("/")[2], data)
 
 
 def _same_model(registered: Receipt, judged: Receipt) -> None:
@@ -153,71 +178,53 @@ def _same_model(registered: Receipt, judged: Receipt) -> None:
         )  # fmt: skip
 
 
-def _live(work: Work, route: Route, candidate: Candidate) -> Release | None:
-    """The live slot's release when it is the candidate, whole and answering as it should; its server is started if need be."""
+def _live(work: Work, place: Place, route: Route, candidate: Candidate) -> Release | None:
+    """The live release when it is the candidate, whole and answering as it should; its server is started if need be."""
     if not route.weights:
         return None
-    place = _slot(work, candidate, route.live)
-    found = _installed(place, candidate.release.model)
-    if found is None or found.identity != candidate.release.identity or not repository.intact(place, found):
+    found = place.held(route.live)
+    if found is None or found.identity != candidate.release.identity or not place.intact(route.live, found):
         return None
-    _wake(work, place, found)
+    place.wake(route.live, found)
     try:
-        candidate.smoke(_address(place))
+        candidate.smoke(place.address(route.live))
     except Refused as error:
-        work.say(f"slot {place.name} holds this release but answers wrongly ({error}): releasing it again")
+        work.say(f"{place.title(route.live)} holds this release but answers wrongly ({error}): releasing it again")
         return None
     return found
 
 
-def _wake(work: Work, place: Slot, release: Release) -> None:
-    """Make the live slot's server answer. One probe that times out is no reason to kill a server that clients use."""
-    address = _address(place)
-    if triton.ready(address, release.model, release.version):
-        return
-    if supervisor.process(work.settings, place.program).state in ("starting", "running", "backoff"):
-        work.say(f"slot {place.name} is live, runs, and does not answer: waiting up to {PATIENCE_S:g} s")
-        try:
-            triton.wait_ready(address, release.model, release.version, PATIENCE_S, work.check)
-            return
-        except (Refused, Unavailable) as error:
-            work.say(f"slot {place.name}: {error}")
-    work.say(f"slot {place.name} is live but does not answer: starting it")
-    supervisor.restart_program(work.settings, place.program)
-    triton.wait_ready(address, release.model, release.version, LOAD_S, work.check)
-
-
-def _deploy(work: Work, router: Router, route: Route, candidate: Candidate) -> tuple[Route, Release, float]:
-    """Load the candidate into the idle slot, prove it there, move traffic, prove it through the router."""
-    old = _installed(_slot(work, candidate, route.live), candidate.release.model) if route.weights else None
+def _deploy(work: Work, place: Place, route: Route, candidate: Candidate) -> tuple[Route, Release, float]:
+    """Bring the candidate up beside what is live, prove it there, move traffic, prove it through the router."""
+    old = place.held(route.live) if route.weights else None
     release = dataclasses.replace(candidate.release, replaces=_replaced(old, candidate.release))
-    place = _slot(work, candidate, next(s for s in SLOTS if s != route.live))
-    _load(work, place, release, candidate)
+    name = _load(work, place, route, release, candidate)
     work.check()
-    taken = router.swap(route.version, Route(model=release.model, weights={place.name: 100}))
+    before = route.before if name == route.live else route.live
+    taken = place.router.swap(route.version, Route(model=release.model, weights={name: 100}, before=before))
     try:
         worst = _through_router(work, candidate)
     except ForjaError:
-        router.swap(taken.version, Route(model=release.model, weights=route.weights, mirror=route.mirror))
+        place.tidy(place.router.swap(taken.version, route))
         raise
-    work.say(f"all requests go to slot {place.name}")
+    work.say(f"all requests go to {place.title(name)}")
     return taken, release, worst
 
 
-def _load(work: Work, place: Slot, release: Release, candidate: Candidate) -> None:
-    """Put the release into an idle slot and prove it there; on any error that slot is emptied and stopped."""
-    work.say(f"version {release.version} ({release.variant}) into slot {place.name}")
-    supervisor.stop_program(work.settings, place.program)
+def _load(work: Work, place: Place, route: Route, release: Release, candidate: Candidate) -> str:
+    """Bring the release up and prove it; the backend's name. On any error it is taken down."""
+    stored, name = work.save("release.json", repository.to_json(release)), place.pick(release, route)
+    work.say(f"version {release.version} ({release.variant}) into {place.title(name)}")
     try:
-        repository.install(place, release, candidate.contents)
-        supervisor.start_program(work.settings, place.program)
-        triton.wait_ready(_address(place), release.model, release.version, LOAD_S, work.check)
-        worst = candidate.smoke(_address(place))
+        place.put(name, Bundle(release=release, path=stored.path, sha256=stored.sha256, contents=candidate.contents), route)
+        worst = candidate.smoke(place.address(name))
+    except Conflict:
+        raise  # another run took this work over, and what is there with it
     except ForjaError:
-        supervisor.stop_program(work.settings, place.program)
-        repository.remove(place, release.model)
+        place.remove(name, route)
         raise
-    work.say(f"slot {place.name} repeats {len(candidate.golden.inputs)} golden answers, differing by {worst:.1e} at most")
+    work.say(f"{place.title(name)} repeats {len(candidate.golden.inputs)} golden answers, differing by {worst:.1e} at most")
+    return name
 
 
 def _through_router(work: Work, candidate: Candidate) -> float:
@@ -269,22 +276,7 @@ def _alias(work: Work, client: MlflowClient, model: str, name: str, version: str
     return True
 
 
-def _installed(place: Slot, model: str) -> Release | None:
-    try:
-        return repository.installed(place, model)
-    except Damaged:
-        return None  # as good as empty: the candidate goes into the other slot
-
-
-def _slot(work: Work, candidate: Candidate, name: str) -> Slot:
-    return slot(work.settings, candidate.release.model, name)
-
-
-def _address(place: Slot) -> str:
-    return f"127.0.0.1:{place.http_port}"
-
-
-def _outcome(work: Work, route: Route, live: Release, worst: float, run_id: str | None) -> Outcome:
+def _outcome(work: Work, place: Place, route: Route, live: Release, worst: float, candidate: Candidate) -> Outcome:
     facts: dict[str, Any] = {
         "model": live.model,
         "version": live.version,
@@ -293,18 +285,13 @@ def _outcome(work: Work, route: Route, live: Release, worst: float, run_id: str 
         "endpoint": f"{work.settings.endpoint}/v2/models/{live.model}",
         "route": {"version": route.version, "weights": dict(route.weights)},
         "previous": live.replaces or None,
-        "mlflow_run": run_id,
+        "mlflow_run": candidate.run_id,
     }
-    body = canonical({**dataclasses.asdict(live), "identity": live.identity})
     report = [
-        f"{live.model} version {live.version} ({live.variant}) is live in slot {route.live}: {facts['endpoint']}",
+        f"{live.model} version {live.version} ({live.variant}) is live in {place.title(route.live)}: {facts['endpoint']}",
         f"golden answers differ by {worst:.1e} at most",
     ]
+    own = {name.rpartition("/")[2]: o for name, o in candidate.stored.items() if o.path.startswith(f"{work.folder}/")}
     versions = {name: installed_version(name) for name in ("tritonclient", "mlflow")}
-    return Outcome(
-        outputs={"release.json": work.save("release.json", body)},
-        metrics={"smoke_difference": worst},
-        facts=facts,
-        report=report,
-        versions=versions,
-    )
+    outputs = {**own, "release.json": work.save("release.json", repository.to_json(live))}
+    return Outcome(outputs=outputs, metrics={"smoke_difference": worst}, facts=facts, report=report, versions=versions)
