@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 import yaml
 from cluster import access
 from cluster.kit.places import ROOT
+from cluster.platform import Platform
 from integration.releases import MODEL, Serving
 
 from forja import kube as k8s
+from forja.baseline import plan
 from forja.kube import Kube, Object
+from forja.profiles import Site
 
 LABELS = f"app.kubernetes.io/managed-by=forja,forja.dev/recipe={MODEL}"
 RULES = {rule["resources"][0]: set(rule["verbs"]) for rule in access.documents("release")[0]["rules"]}
@@ -100,3 +103,14 @@ def apply_traffic(kube: Kube) -> None:
         path = f"/apis/{manifest['apiVersion']}/namespaces/{meta['namespace']}/{plural}/{meta['name']}"
         query = {"fieldManager": access.MANAGER, "force": "true"}
         kube.request("PATCH", path, manifest, query=query, content="application/apply-patch+yaml")
+
+
+def secure(kube: Kube, site: Site) -> None:
+    """``./forja baseline apply``: its service account and role are what a release in a pod acts with, its policies are in force."""
+    plan.apply(kube, plan.plan(kube, site, adopt=True))
+
+
+def at_rest(platform: Platform) -> bool:
+    """Whether no run goes on: new data start one of their own beside the one by hand."""
+    runs = platform.airflow._ask("GET", "/api/v2/dags/~/dagRuns?state=running&state=queued")["dag_runs"]
+    return not any(found["dag_id"] in ("digits", "digits_ingest") for found in runs)

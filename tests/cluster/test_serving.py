@@ -17,7 +17,7 @@ import pytest
 from cluster.kit.node import Node
 from cluster.kit.places import ROOT, places
 from cluster.platform import Platform
-from cluster.releases import RULES, ClusterServing, Recorded, account, apply_traffic
+from cluster.releases import RULES, ClusterServing, Recorded, account, apply_traffic, at_rest, secure
 from integration.plant import Client
 from integration.releases import MODEL
 from integration.test_serving import CONTROLS, asked
@@ -38,6 +38,7 @@ NAMESPACE = "forja-vision"
 @pytest.fixture(scope="module")
 def serving(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterServing]:
     """The platform with nothing released; releases of this process have the rights of k8s/access/release.yaml and no more."""
+    secure(platform.kube, platform.site)
     apply_traffic(platform.kube)
     models = tmp_path_factory.mktemp("models")
     python = envs.python("ml", platform.settings)
@@ -51,6 +52,8 @@ def serving(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Ite
             stack=platform, models=models, lake=platform.lake, namespace=NAMESPACE, kube=platform.kube, kubeconfig=kubeconfig,
             router=GatewayRouter(platform.kube, NAMESPACE, gateway, platform.settings.endpoint),
         )  # fmt: skip
+        # A run that new data started would release the same model beside these tests.
+        platform.until("both DAGs to be at rest", lambda: at_rest(platform), 280)
         made.clean()
         yield made
         made.clean()
