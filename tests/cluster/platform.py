@@ -53,10 +53,6 @@ orphaned_tasks_check_interval = 10
 """
 """What tests set beside the product: their own DAGs, and a dead task is noticed within half a minute instead of five."""
 
-WATCH = "import subprocess, sys; sys.stdin.read(); subprocess.run([sys.argv[1], 'down'], stdout=subprocess.DEVNULL)"
-"""Waits until its pipe closes, which happens however the tests end; then stops Airflow."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Platform:
     """The running platform, and what tests do with it."""
@@ -193,22 +189,16 @@ def running() -> Iterator[Platform]:
 
 def _started(state: Path) -> Iterator[Platform]:
     env = environment(state)
-    watcher = subprocess.Popen([sys.executable, "-c", WATCH, str(ROOT / "forja")], env=env, stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        with _as_environment(env), ThreadPoolExecutor(1) as pool:
-            settings, admin = Settings.from_env(), kube.connect(places().kubeconfig)
-            access.install(admin, load_site(SITE), services.ADDRESSES, services.lake_env(settings))
-            up = pool.submit(_airflow, settings, env)
-            with services.all_of_them(settings):
-                up.result()
-                with airflow_api.Airflow(settings) as session:
-                    _connect(admin, session, settings)
-                with attached(state) as made:
-                    yield made
-    finally:
-        assert watcher.stdin is not None
-        watcher.stdin.close()
-        watcher.wait(timeout=90)
+    with _as_environment(env), services.watched(Settings.from_env(), env), ThreadPoolExecutor(1) as pool:
+        settings, admin = Settings.from_env(), kube.connect(places().kubeconfig)
+        access.install(admin, load_site(SITE), services.ADDRESSES, services.lake_env(settings))
+        up = pool.submit(_airflow, settings, env)
+        with services.all_of_them(settings):
+            up.result()
+            with airflow_api.Airflow(settings) as session:
+                _connect(admin, session, settings)
+            with attached(state) as made:
+                yield made
 
 
 @contextlib.contextmanager

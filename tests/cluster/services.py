@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.kit.build import binary
-from cluster.kit.places import places
+from cluster.kit.places import ROOT, places
 from cluster.kit.versions import NODE_IP
 
 from forja import envs
@@ -39,18 +41,49 @@ def lake_env(settings: Settings) -> dict[str, str]:
     }
 
 
-class Processes:
-    """Processes that end with this one."""
+WATCH = """
+import subprocess, sys
+forja, include, family = sys.argv[1:]
+sys.path[:0] = [include]
+from forja.services import launch
+sys.stdin.read()
+subprocess.run([forja, "down"], stdout=subprocess.DEVNULL)
+launch.end(family)
+"""
+"""Waits until its pipe closes, which happens however the tests end; then stops Airflow and all families of processes."""
 
-    def __init__(self, logs: Path) -> None:
-        self._logs, self._running = private(logs), dict[str, subprocess.Popen[bytes]]()
+
+@contextlib.contextmanager
+def watched(settings: Settings, env: Mapping[str, str]) -> Iterator[None]:
+    """Whatever runs for this state folder is ended with the block, and with this process, even when that is killed."""
+    command = [sys.executable, "-c", WATCH, ROOT / "forja", ROOT / "include", _family(settings.state)]
+    watcher = subprocess.Popen(command, env=dict(env), stdin=subprocess.PIPE, start_new_session=True)
+    assert watcher.stdin is not None
+    try:
+        yield
+    finally:
+        watcher.stdin.close()
+        watcher.wait(timeout=90)
+
+
+def _family(state: Path) -> str:
+    """Mark of the processes of this module; not the state folder itself, whose processes ``./forja up`` ends as left behind."""
+    return f"{state}/beside"
+
+
+class Processes:
+    """Processes that end with the block, and with their children when ``watched``."""
+
+    def __init__(self, state: Path) -> None:
+        self._family, self._logs, self._running = _family(state), private(state / "log"), dict[str, subprocess.Popen[bytes]]()
 
     def start(self, name: str, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-        """Start a process, its output in a file of its name; the kernel ends it when this process ends, however it does."""
+        """Start a process, its output in a file of its name."""
+        mark = {"FORJA_STATE": self._family, "FORJA_PROGRAM": name}
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *map(str, command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env={**os.environ, **(env or {})}, cwd=cwd, start_new_session=True,
+                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **(env or {}), **mark}, cwd=cwd, start_new_session=True,
             )  # fmt: skip
 
     def wait(self, name: str, answers: Callable[[], object], seconds: float = 90) -> None:
@@ -124,12 +157,20 @@ def _answers(url: str) -> bool:
 @contextlib.contextmanager
 def all_of_them(settings: Settings) -> Iterator[Processes]:
     """Object storage, Kafka and MLflow, until the end of the block."""
-    processes = Processes(settings.state / "log")
-    # The threads live as long as what they started: the kernel takes the end of a thread for that of the parent.
-    with ThreadPoolExecutor(3) as pool:
-        try:
+    for name, port in ADDRESSES.items():
+        free(name, NODE_IP, port)
+    processes = Processes(settings.state)
+    try:
+        with ThreadPoolExecutor(3) as pool:
             for done in [pool.submit(start, processes, settings) for start in (start_s3, start_kafka, start_mlflow)]:
                 done.result()
-            yield processes
-        finally:
-            processes.stop()
+        yield processes
+    finally:
+        processes.stop()
+
+
+def free(name: str, host: str, port: int) -> None:
+    """Refuse an address on which somebody listens: what answers there would be taken for ours."""
+    with socket.socket() as probe:
+        taken = probe.connect_ex((host, port)) == 0
+    assert not taken, f"{name}: something listens on {host}:{port} already; end it first (ss -ltnp names it)"

@@ -44,6 +44,11 @@ def states(summary: dict[str, Any]) -> dict[str, str]:
     return {t["task"]: t["state"] for t in summary["tasks"]}
 
 
+def went_well(summary: dict[str, Any]) -> bool:
+    """Every task succeeded. Only ingest may have found nothing left: Kafka's doorbell rings for the same events, and may be first."""
+    return {state for task, state in states(summary).items() if task != "ingest" or state != "skipped"} == {"success"}
+
+
 def count(lake: Lake, verb: str) -> int:
     """Receipts of a stage."""
     return sum("/receipt" in p for p in lake.list(f"vision/digits/{verb}"))
@@ -58,7 +63,7 @@ def versions(stack: Stack, model: str) -> list[dict[str, Any]]:
 
 def test_events_become_a_served_model(plant: Stack) -> None:
     summary = json.loads((plant.settings.state / "first.json").read_text())
-    assert set(states(summary).values()) == {"success"}
+    assert went_well(summary), states(summary)
     assert [v["variant"] for v in summary["variants"]] == ["fp32", "fp16", "int8"]
     for variant in summary["variants"]:
         assert variant["metrics"]["accuracy"] > 0.95
@@ -192,7 +197,7 @@ def sensors(path: Path, rows: int) -> Path:
 def test_tables_take_the_same_way(plant: Stack, tmp_path: Path) -> None:
     data = sensors(tmp_path / "sensors.csv", 3000)
     summary = json.loads(plant.forja("run", "ai4i", "--data", str(data), "--json").stdout.splitlines()[-1])
-    assert set(states(summary).values()) == {"success"}
+    assert went_well(summary), states(summary)
     assert summary["variants"][0]["metrics"]["average_precision"] > 0.8
     numbers = json.loads(plant.forja("evaluate", "ai4i", "--data", str(data), "--json").stdout)
     assert numbers["n"] == 3000
