@@ -12,8 +12,8 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from forja.baseline.probes import Verdict
-from forja.profiles import Site, load_site
 from forja.settings import Settings
+from forja.sites import Site, load_site
 from forja_airflow import clusters, runs
 from forja_airflow.dag import START
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from airflow.sdk import Asset, AssetWatcher, BaseOperator, Param
 
-from forja.profiles import load_site
 from forja.recipes.base import Recipe
 from forja.settings import Settings
+from forja.sites import load_site
 from forja.stages import ingest
 from forja_airflow import runbook
 from forja_airflow.operators import AdmitOperator, StageOperator
@@ -97,12 +97,13 @@ def stage(verb: str, recipe: Recipe, *, variants: Sequence[str] = (), outlets: S
         arguments |= {"outlets": list(outlets), "inlets": list(outlets)}
     operator: type[BaseOperator] = StageOperator
     if profile.runner == "kubernetes":
-        from forja_airflow.pods import PodStageOperator, pod  # five seconds of imports, only where pods run
+        from forja_airflow.pods.operator import PodStageOperator  # five seconds of imports, only where pods run
+        from forja_airflow.pods.spec import pod
 
         operator = PodStageOperator
         arguments |= pod(profile, site=site, recipe=recipe, verb=verb)
     if profile.nodes > 1:
-        from forja_airflow.gang import GangStageOperator, gang
+        from forja_airflow.gang.operator import GangStageOperator, gang
 
         operator = GangStageOperator
         arguments |= gang(profile, site=site, recipe=recipe, verb=verb)

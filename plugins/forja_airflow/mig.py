@@ -131,8 +131,8 @@ class StepOperator(BaseOperator):
         """Do the step, told line by line in the log."""
         from forja.mig import change as steps
         from forja.mig import probe, revert
-        from forja.profiles import load_site
         from forja.settings import Settings
+        from forja.sites import load_site
 
         run, pod = context["dag_run"].run_id, probe.Probe.of_site(load_site(Settings.from_env().site))
         change = Change(

@@ -12,7 +12,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
 from forja import admission, envs, errors, recipes
-from forja.profiles import load_site
+from forja.sites import load_site
 from forja_airflow import runs
 from forja_airflow.links import LINKS
 from forja_airflow.process import Process

@@ -14,8 +14,9 @@ import yaml
 from cluster.kit.places import ROOT
 from cluster.kit.versions import NODE_IP
 
+from forja.baseline import manifests
 from forja.kube import Kube, place
-from forja.profiles import Site
+from forja.sites import Site
 
 MANAGER = "forja-tests"
 ACCESS = ROOT / "k8s" / "access"
@@ -41,11 +42,10 @@ def install(kube: Kube, site: Site, ports: Mapping[str, int], lake: Mapping[str,
 
 
 def make_tenant(kube: Kube, namespace: str, lake: Mapping[str, str]) -> None:
-    """A tenant's namespace with the service accounts and the Secret that stage pods name."""
+    """A tenant's namespace with the baseline's accounts and their rights there, and with the Secret that stage pods name."""
     _apply(kube, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-    for name in ("forja-stage", "forja-release"):
-        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}}
-        _apply(kube, {**account, "automountServiceAccountToken": False})
+    for manifest in yaml.safe_load_all((manifests.FOLDER / "accounts.yaml").read_text()):
+        _apply(kube, manifests.fill(manifest, {"namespace": namespace}, "accounts.yaml"))
     data = {k: base64.b64encode(v.encode()).decode() for k, v in lake.items()}
     _apply(kube, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "forja-lake", "namespace": namespace}, "data": data})
 
@@ -55,8 +55,6 @@ def tenant(kube: Kube, namespace: str, lake: Mapping[str, str]) -> Iterator[str]
     """A tenant of a test's own, in which the launcher may start restricted pods; deleted at the end."""
     make_tenant(kube, namespace, lake)
     kube.patch("Namespace", namespace, {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}})
-    binding = next(d for d in documents("launcher") if d["kind"] == "RoleBinding")
-    _apply(kube, {**binding, "metadata": {**binding["metadata"], "namespace": namespace}})
     try:
         yield namespace
     finally:

@@ -13,7 +13,7 @@ from cluster.kit.versions import NODE_IP
 
 from forja.baseline import plan
 from forja.kube import Kube
-from forja.profiles import Allow, Baseline, Site, Tenant, load_site
+from forja.sites import Allow, Baseline, Site, Tenant, load_site
 
 IMAGE = "forja.test/python:3.11"
 TEAMS = ("a", "b")

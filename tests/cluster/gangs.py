@@ -27,7 +27,7 @@ from forja import envs
 from forja.baseline import manifests, plan
 from forja.errors import ForjaError
 from forja.kube import Kube, place
-from forja_airflow import gang_jobset
+from forja_airflow.gang import jobset as gang_jobset
 
 STEP = re.compile(r"rank \d+ of \d+: first step at ([\d.]+), epoch (\d+)")
 DIGEST = re.compile(r"rank \d+ of \d+: parameters (\w{16})")

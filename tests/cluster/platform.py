@@ -32,11 +32,11 @@ from forja import kube
 from forja.errors import ForjaError
 from forja.kube import Kube
 from forja.lake import Lake
-from forja.profiles import Site, load_site
 from forja.services import airflow, airflow_api, launch, supervisor
 from forja.services.airflow_api import TaskRun
 from forja.services.folders import private
 from forja.settings import Settings
+from forja.sites import Site, load_site
 
 SITE = "small-cluster"
 DAGS = Path(__file__).parent / "dags"
@@ -52,6 +52,7 @@ task_instance_heartbeat_timeout_detection_interval = 3
 orphaned_tasks_check_interval = 10
 """
 """What tests set beside the product: their own DAGs, and a dead task is noticed within half a minute instead of five."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:

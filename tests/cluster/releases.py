@@ -18,7 +18,7 @@ from integration.releases import MODEL, Serving
 from forja import kube as k8s
 from forja.baseline import plan
 from forja.kube import Kube, Object
-from forja.profiles import Site
+from forja.sites import Site
 
 LABELS = f"app.kubernetes.io/managed-by=forja,forja.dev/recipe={MODEL}"
 RULES = {rule["resources"][0]: set(rule["verbs"]) for rule in access.documents("release")[0]["rules"]}

@@ -19,7 +19,7 @@ from forja.baseline import admission, plan, pods, report
 from forja.baseline.probes import CONTROLS, Verdict
 from forja.errors import Refused
 from forja.kube import Kube
-from forja.profiles import Site, Tenant
+from forja.sites import Site, Tenant
 
 PASS, FAIL, OPEN = Verdict.PASS, Verdict.FAIL, Verdict.NOT_PROVEN
 ENFORCE = "pod-security.kubernetes.io/enforce"

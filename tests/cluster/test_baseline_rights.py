@@ -15,7 +15,7 @@ from forja import kube as k8s
 from forja.baseline import plan, report
 from forja.baseline.probes import CONTROLS, Verdict
 from forja.kube import ApiError, Kube, place
-from forja.profiles import Site
+from forja.sites import Site
 
 ACCOUNT = "forja-baseline"
 PATH = re.compile(r"/apis?/(?:[a-z0-9.]+/)?v1(?:/namespaces/[^/]+(?=/))?/(?P<kind>[a-z]+)(?:/(?P<name>[^/]+))?$")

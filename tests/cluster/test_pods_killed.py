@@ -156,7 +156,8 @@ def watched(platform: Platform, dag: str, run: str) -> None:
 def done_once(platform: Platform, dag: str, run: str, work: pod_work.Work, *, tries: int, starts: int = 1) -> None:
     """The run ends well, after as many tries; the work was begun as often as said, and nothing of it is left."""
     assert platform.wait(dag, run) == "success", platform.log(dag, run, TASK)
-    assert (platform.tasks(dag, run)[TASK].tries, work.starts) == (tries, starts)
+    found = platform.tasks(dag, run)[TASK].tries
+    assert (found, work.starts) == (tries, starts), "\n\n".join(platform.log(dag, run, TASK, n + 1) for n in range(found))
     assert left(platform, work) == []
 
 

@@ -26,10 +26,10 @@ from forja import envs
 from forja import kube as k8s
 from forja.errors import Conflict, Refused, Unavailable
 from forja.kube import ApiError, Kube
-from forja.profiles import Site, load_site
 from forja.serving import deployments, triton
 from forja.serving.gateway_router import GatewayRouter
 from forja.serving.router import Route
+from forja.sites import Site, load_site
 from forja.stages import release
 
 NAMESPACE = "forja-vision"

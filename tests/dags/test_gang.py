@@ -15,13 +15,15 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from forja import recipes
 from forja.errors import BadInput, Conflict, Unavailable
 from forja.kube import ApiError, place
-from forja.profiles import Profile, load_site
+from forja.profiles import Profile
 from forja.recipes.base import STAGES
+from forja.sites import load_site
 from forja.training import launch
-from forja_airflow import gang_jobset, gang_trigger
-from forja_airflow.gang import GangStageOperator, failure, gang
-from forja_airflow.pods import PodStageOperator
-from forja_airflow.podspec import pod
+from forja_airflow.gang import jobset as gang_jobset
+from forja_airflow.gang import trigger as gang_trigger
+from forja_airflow.gang.operator import GangStageOperator, failure, gang
+from forja_airflow.pods.operator import PodStageOperator
+from forja_airflow.pods.spec import pod
 
 SITE = load_site("cluster")
 RECIPE = recipes.load("digits")
@@ -115,10 +117,10 @@ def bag(folder: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> Any:
     """The DAGs of a site that is the cluster's but for one change."""
     from airflow.dag_processing.dagbag import DagBag
 
-    from forja import profiles
+    from forja import sites
 
-    monkeypatch.setattr(profiles, "SITES", folder)
-    monkeypatch.setattr(profiles.load_site, "__defaults__", (folder,))
+    monkeypatch.setattr(sites, "SITES", folder)
+    monkeypatch.setattr(sites.load_site, "__defaults__", (folder,))
     head, line = change.splitlines()
     text = (Path(__file__).resolve().parents[2] / "include" / "sites" / "cluster.toml").read_text()
     assert head in text

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from forja_airflow import podcreate, podlog, podreason, podtrigger
-from forja_airflow.podtrigger import PodTrigger
+from forja_airflow.pods import create as podcreate
+from forja_airflow.pods import log as podlog
+from forja_airflow.pods import reason as podreason
+from forja_airflow.pods import trigger as podtrigger
+from forja_airflow.pods.trigger import PodTrigger
 
 SCHEDULER = (
     "0/3 nodes are available: 1 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint(s). "
@@ -223,7 +226,7 @@ def test_the_trigger_is_patient_with_an_api_that_is_away(monkeypatch: pytest.Mon
     assert asyncio.run(made._get_pod()) is there
     asyncio.run(made._get_pod())
     assert told.count(f"waits: {podreason.waits(there)}") == 1
-    assert made.serialize()[0] == "forja_airflow.podtrigger.PodTrigger"
+    assert made.serialize()[0] == "forja_airflow.pods.trigger.PodTrigger"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -13,12 +13,15 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from forja import recipes
 from forja.lake import Lake
-from forja.profiles import Profile, load_site
+from forja.profiles import Profile
 from forja.receipts import Receipt
 from forja.recipes.base import STAGES
+from forja.sites import load_site
 from forja.stages.base import Stage
-from forja_airflow import podcreate, runs
-from forja_airflow.pods import PodStageOperator, pod
+from forja_airflow import runs
+from forja_airflow.pods import create as podcreate
+from forja_airflow.pods.operator import PodStageOperator
+from forja_airflow.pods.spec import pod
 
 SITE = load_site("cluster")
 RECIPE = recipes.load("digits")

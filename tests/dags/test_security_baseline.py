@@ -14,7 +14,7 @@ from forja.baseline.plan import Change
 from forja.baseline.probes import CONTROLS, Answer, Finding, Outcome, Probe, Verdict
 from forja.errors import Refused
 from forja.lake import Lake
-from forja.profiles import Site
+from forja.sites import Site
 from forja_airflow import clusters
 
 

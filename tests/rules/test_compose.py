@@ -21,10 +21,10 @@ import yaml
 
 from forja import envs, recipes
 from forja.lake import S3_OPTIONS
-from forja.profiles import load_site
 from forja.recipes.base import STAGES
 from forja.services import airflow, compose_env, container, kafka, mlflow, stack, triton
 from forja.settings import PORTS, ROOT, Settings
+from forja.sites import load_site
 
 FILE = ROOT / "docker-compose.yaml"
 DOCKERFILE = (ROOT / "k8s" / "images" / "Dockerfile").read_text()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from forja import recipes, stages
-from forja.profiles import load_site
 from forja.receipts import Input
 from forja.recipes.base import STAGES
+from forja.sites import load_site
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for folder in ("include", "plugins", "dags", "tests") for p in (ROOT / folder).rglob("*.py"))
@@ -56,7 +56,7 @@ def forbidden_in_library(source: str) -> list[str]:
 
 def forbidden_in_recipes(source: str) -> list[str]:
     """What a recipe or a profile must never import: anything but the standard library and these of Forja's."""
-    mine = ("forja.errors", "forja.settings", "forja.recipes", "forja.checks", "forja.datasets")
+    mine = ("forja.errors", "forja.settings", "forja.recipes", "forja.profiles", "forja.checks", "forja.datasets")
     found = imports(ast.parse(source))
     return [m for m in found if m.split(".")[0] not in sys.stdlib_module_names and not any(m == x or m.startswith(f"{x}.") for x in mine)]
 
@@ -67,7 +67,9 @@ def test_library_never_imports_airflow(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in LIBRARY if p.parent.name == "recipes" or p.name in ("profiles.py", "checks.py", "datasets.py")], ids=name
+    "path",
+    [p for p in LIBRARY if p.parent.name == "recipes" or p.name in ("profiles.py", "sites.py", "checks.py", "datasets.py")],
+    ids=name,
 )
 def test_recipes_and_profiles_need_the_standard_library_alone(path: Path) -> None:
     assert forbidden_in_recipes(path.read_text()) == []

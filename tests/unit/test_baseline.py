@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import yaml
 
 from forja.baseline import admission, manifests, network, plan, pods, resources
 from forja.baseline.probes import Answer, Outcome, Verdict
 from forja.errors import BadInput, Refused
 from forja.kube import ApiError, Kube, Object
 from forja.mig import tables
-from forja.profiles import Allow, Site, load_site
+from forja.settings import ROOT
+from forja.sites import Allow, Site, load_site
 
 SITES = ("cluster", "small-cluster")
 
@@ -334,3 +336,16 @@ def test_one_foreign_object_stops_all() -> None:
     ]
     with pytest.raises(Refused, match="NetworkPolicy n/x: it is there"):
         plan.apply(kube(Cluster()), changes)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_launcher_is_bound_by_the_baseline_and_nowhere_else(name: str) -> None:
+    """Bound in k8s/access too, it would fail for other tenants, and the baseline would meet a binding that isn't its own."""
+    site = load_site(name)
+    namespaces = {t.namespace for t in site.tenants.values()}
+    for path in sorted((ROOT / "k8s" / "access").glob("*.yaml")):
+        found = [d["metadata"].get("namespace") for d in yaml.safe_load_all(path.read_text())]
+        assert namespaces.isdisjoint(found), path.name
+    for tenant in site.tenants.values():
+        bindings = [o["roleRef"]["name"] for o in manifests.render(site, tenant) if o["kind"] == "RoleBinding"]
+        assert bindings.count("forja-launcher") == 1

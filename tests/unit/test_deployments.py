@@ -13,10 +13,10 @@ from forja import recipes
 from forja.errors import BadInput, Damaged, ForjaError, Unavailable
 from forja.kube import Object
 from forja.lake import Lake, sha256
-from forja.profiles import Gateway
 from forja.serving import deployments, fetch, pod_state, repository, triton_pod
 from forja.serving.repository import Release
 from forja.serving.triton_pod import Marks, Serving
+from forja.sites import Gateway
 
 GATEWAY = Gateway(name="models", namespace="forja-gateway", image="s:1", fetch_image="c:1", replicas=2, gpus=1)
 SERVING = Serving(

@@ -12,10 +12,10 @@ import pytest
 
 from forja.errors import Conflict, Damaged, Unavailable
 from forja.kube import ApiError, Object
-from forja.profiles import Gateway
 from forja.serving import gateway_router
 from forja.serving.gateway_router import GatewayRouter
 from forja.serving.router import Route
+from forja.sites import Gateway
 
 GATEWAY = Gateway(name="models", namespace="forja-gateway", image="s:1", fetch_image="c:1")
 ONE, TWO = Route(model="digits", weights={"digits-one": 100}), Route(model="digits", weights={"digits-two": 100}, before="digits-one")

@@ -14,7 +14,7 @@ from forja.baseline import resources
 from forja.baseline.probes import Answer, Finding, Outcome, Probe, Verdict, judge
 from forja.errors import ForjaError
 from forja.kube import ApiError, Kube, Object
-from forja.profiles import Tenant
+from forja.sites import Tenant
 
 SETTLE_S = 5.0
 """Seconds that a call gets to come out as it must: the API server learns of a new label or quota a moment after it was written."""

@@ -14,8 +14,8 @@ from typing import Any
 from forja.baseline import resources
 from forja.errors import BadInput
 from forja.kube import Object
-from forja.profiles import Allow, Baseline, Gateway, Site, Tenant
 from forja.settings import ROOT
+from forja.sites import Allow, Baseline, Gateway, Site, Tenant
 
 FOLDER = ROOT / "k8s" / "baseline"
 FILES = ("namespace.yaml", "accounts.yaml", "quota.yaml", "network.yaml")

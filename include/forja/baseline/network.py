@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from forja.baseline import manifests
 from forja.baseline.probes import Probe
-from forja.profiles import Allow, Site, Tenant
+from forja.sites import Allow, Site, Tenant
 
 MODEL_PORT = 8000
 """Triton's port, which the gateway and the release stage may reach."""

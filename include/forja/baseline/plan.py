@@ -16,7 +16,7 @@ from typing import Any, Literal
 from forja.baseline import manifests
 from forja.errors import Refused
 from forja.kube import ApiError, Kube, Object
-from forja.profiles import Site
+from forja.sites import Site
 
 MANAGER = "forja-baseline"
 """Field manager of everything that is applied here."""

@@ -14,7 +14,7 @@ from forja.baseline import admission, manifests, network, pods
 from forja.baseline.probes import CONTROLS, Finding, Verdict, judge, worst
 from forja.errors import ForjaError
 from forja.kube import Kube
-from forja.profiles import Site
+from forja.sites import Site
 
 SCHEMA = 1
 

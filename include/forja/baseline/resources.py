@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from forja.mig import tables
-from forja.profiles import Tenant
+from forja.sites import Tenant
 
 GPU = "nvidia.com/gpu"
 """Whole GPUs."""

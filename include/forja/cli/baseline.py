@@ -10,7 +10,7 @@ import typer
 from forja.settings import Settings
 
 if TYPE_CHECKING:
-    from forja.profiles import Site
+    from forja.sites import Site
 
 Team = Annotated[str, typer.Option("--tenant", help="Of this team only; of all when left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -102,7 +102,7 @@ def remove(
 def _site() -> Site:
     """The site of FORJA_SITE; BadInput when it has nothing to secure."""
     from forja.baseline import manifests
-    from forja.profiles import load_site
+    from forja.sites import load_site
 
     site = load_site(Settings.from_env().site)
     manifests.parts(site)

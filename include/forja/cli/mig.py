@@ -237,8 +237,8 @@ def revert(node: NodeName, layouts: File = None, kubeconfig: Config = None, json
 def _change(node: str, layout: str, holder: str, file: Path | None, **options: bool) -> Change:
     from forja.mig import layouts, probe
     from forja.mig.change import Change, Times
-    from forja.profiles import load_site
     from forja.settings import Settings
+    from forja.sites import load_site
 
     known, pod = layouts.load(file) if file else layouts.load(), probe.Probe.of_site(load_site(Settings.from_env().site))
     return Change(node=node, layout=layout, holder=holder, known=known, times=Times.from_env(), probe=pod, **options)

@@ -43,7 +43,7 @@ def run(
     Services of this machine are started; those of a cluster are there, Airflow included, and are found by the environment.
     """
     from forja import chain, recipes, samples
-    from forja.profiles import load_site
+    from forja.sites import load_site
 
     settings, loaded, began = Settings.from_env(), recipes.load(recipe), time.monotonic()
     samples.samples(loaded, data)  # a path that is wrong is said before anything starts

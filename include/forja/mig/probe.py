@@ -9,7 +9,7 @@ from typing import Any
 
 from forja.errors import Refused
 from forja.kube import Kube, Object
-from forja.profiles import Site
+from forja.sites import Site
 
 SCRIPT = "import os; print(os.environ.get('NVIDIA_VISIBLE_DEVICES', 'no variable NVIDIA_VISIBLE_DEVICES'))"
 POLL_S = 0.5

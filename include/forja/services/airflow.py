@@ -17,11 +17,11 @@ from typing import Any
 
 from forja import envs
 from forja.errors import Unavailable
-from forja.profiles import load_site
 from forja.services import probes
 from forja.services.folders import load_json, locked, private, secret, write, write_if_new
 from forja.services.program import Port, Program
 from forja.settings import PORTS, ROOT, Settings
+from forja.sites import load_site
 
 USER = "admin"
 

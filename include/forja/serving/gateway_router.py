@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from forja.errors import BadInput, Conflict, Damaged, Unavailable
 from forja.kube import ApiError, Kube, Object
 from forja.lake import canonical
-from forja.profiles import Gateway
 from forja.serving.router import Route, allowed
 from forja.serving.triton_pod import SERVICE_PORT
+from forja.sites import Gateway
 
 IN_FORCE_S = 20.0
 """Seconds that the gateway gets to take a new route; a second is what it needs."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forja.kube import Object
-from forja.profiles import Gateway
 from forja.serving.repository import Release
 from forja.serving.server import PORTS
+from forja.sites import Gateway
 
 HTTP = PORTS[0]
 SERVICE_PORT = 80

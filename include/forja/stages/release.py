@@ -24,13 +24,13 @@ from urllib.parse import urlsplit
 from forja import kube, tracking
 from forja.errors import BadInput, Conflict, Damaged, ForjaError, Refused
 from forja.lake import sha256
-from forja.profiles import load_site
 from forja.receipts import Output, Receipt
 from forja.recipes.base import Images, Recipe, Table
 from forja.serving import repository, triton
 from forja.serving.place import Place
 from forja.serving.repository import Bundle, Release
 from forja.serving.router import Route
+from forja.sites import load_site
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
 
 if TYPE_CHECKING:

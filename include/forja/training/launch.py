@@ -32,7 +32,7 @@ HUNG_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What a process knows of its gang, from the environment that ``forja_airflow.gang`` gives its pod."""
+    """What a process knows of its gang, from the environment that ``forja_airflow.gang.jobset`` gives its pod."""
 
     nodes: int = 1
     """Members; 1 for a training on one machine."""

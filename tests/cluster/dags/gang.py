@@ -10,8 +10,8 @@ from kubernetes.client import models as k8s
 
 import forja.recipes
 from forja import recipes
-from forja.profiles import Tenant, load_site
-from forja_airflow.gang import GangStageOperator, gang
+from forja.sites import Tenant, load_site
+from forja_airflow.gang.operator import GangStageOperator, gang
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 if str(FOLDER) not in forja.recipes.__path__:

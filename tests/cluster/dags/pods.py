@@ -8,8 +8,9 @@ from typing import Any
 from airflow.sdk import DAG
 
 from forja import recipes
-from forja.profiles import Tenant, load_site
-from forja_airflow.pods import PodStageOperator, pod
+from forja.sites import Tenant, load_site
+from forja_airflow.pods.operator import PodStageOperator
+from forja_airflow.pods.spec import pod
 
 RECIPE = recipes.load("digits")
 SITE = load_site("small-cluster")

@@ -7,8 +7,9 @@ from typing import Any
 
 from kubernetes.client import models as k8s
 
-from forja.profiles import Profile, Site
+from forja.profiles import Profile
 from forja.recipes.base import Recipe
+from forja.sites import Site
 from forja_airflow import runs
 
 SCRATCH = "/tmp"  # noqa: S108 - a volume of the pod's own

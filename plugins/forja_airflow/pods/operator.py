@@ -12,12 +12,13 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from forja.errors import BadInput
-from forja.profiles import load_site
 from forja.settings import Settings
-from forja_airflow import podcreate, podlog, podreason, runs
+from forja.sites import load_site
+from forja_airflow import runs
 from forja_airflow.links import LINKS
-from forja_airflow.podspec import pod
-from forja_airflow.podtrigger import PodTrigger
+from forja_airflow.pods import create, log, reason
+from forja_airflow.pods.spec import pod
+from forja_airflow.pods.trigger import PodTrigger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -88,7 +89,7 @@ class PodStageOperator(KubernetesPodOperator):
         self.agree(run.settings.lake)
         # Whether a result made on other hardware counts is known only on the node.
         if run.prepared.receipt is not None and not run.prepared.stage.hardware:
-            podcreate.remove(self, context)
+            create.remove(self, context)
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
         self.arm(runs.arguments(run), run.prepared.key)
         self.name = self._set_name(self.name)
@@ -120,13 +121,13 @@ class PodStageOperator(KubernetesPodOperator):
     def arm(self, arguments: list[str], key: str) -> None:
         """Give the pod its stage's arguments and the label that finds it by its work's key."""
         self.arguments = arguments
-        self.labels = {**(self.labels or {}), podcreate.KEY: key}
+        self.labels = {**(self.labels or {}), create.KEY: key}
 
     def get_or_create_pod(self, pod_request_obj: Any, context: Context) -> Any:
         """The pod that an earlier try of this task left, running or ended, else a new one; never two."""
-        found = podcreate.left(self, context)
+        found = create.left(self, context)
         if found is None:
-            found, self._mine = podcreate.create(self, pod_request_obj, context), True
+            found, self._mine = create.create(self, pod_request_obj, context), True
         return found
 
     def invoke_defer_method(self, last_log_time: Any = None, context: Context | None = None) -> None:
@@ -151,7 +152,7 @@ class PodStageOperator(KubernetesPodOperator):
                 if self._told:
                     self._heed(context)
                     break
-                if self.pod.status.phase == "Pending" and podreason.waits(self.pod):
+                if self.pod.status.phase == "Pending" and reason.waits(self.pod):
                     break
                 time.sleep(LOOK_S)
                 self.pod = self.hook.get_pod(self.pod.metadata.name, self.pod.metadata.namespace)
@@ -195,17 +196,17 @@ class PodStageOperator(KubernetesPodOperator):
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
         if run.prepared.receipt is not None:
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
-        self.reason = podreason.vanished(podcreate.events(self, name, namespace))
+        self.reason = reason.vanished(create.events(self, name, namespace))
         raise AirflowException(f"pod {namespace}/{name}: {self.reason}") from None
 
     def _write_logs(self, pod: Any, follow: bool = False, since_time: Any = None) -> None:  # type: ignore[override]
         """Tell the lines of the log that weren't told before."""
-        after = podlog.moment(since_time)
+        after = log.moment(since_time)
         lines = self.client.read_namespaced_pod_log(
             name=pod.metadata.name, namespace=pod.metadata.namespace, container=self.base_container_name, timestamps=True,
-            since_seconds=podlog.since_seconds(after), _preload_content=False,
+            since_seconds=log.since_seconds(after), _preload_content=False,
         )  # fmt: skip
-        for _, text in podlog.new((line.decode(errors="replace") for line in lines), after):
+        for _, text in log.new((line.decode(errors="replace") for line in lines), after):
             runs.log.info("%s", text)
 
     def _result(self, path: str, context: Context) -> str:
@@ -216,8 +217,8 @@ class PodStageOperator(KubernetesPodOperator):
     def cleanup(self, pod: Any, remote_pod: Any, xcom_result: Any = None, context: Any = None) -> None:
         """As the provider's, but the error is the reason, and the stage's exit status says whether a retry can help."""
         if remote_pod is not None and remote_pod.status.phase != "Succeeded":
-            events = podcreate.events(self, remote_pod.metadata.name, remote_pod.metadata.namespace)
-            self.reason = podreason.vanished(events) if remote_pod.metadata.deletion_timestamp else podreason.why(remote_pod, events)
+            events = create.events(self, remote_pod.metadata.name, remote_pod.metadata.namespace)
+            self.reason = reason.vanished(events) if remote_pod.metadata.deletion_timestamp else reason.why(remote_pod, events)
         try:
             super().cleanup(pod, remote_pod, xcom_result, context)
         except AirflowException:

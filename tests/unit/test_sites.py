@@ -8,9 +8,9 @@ import pytest
 
 from forja import recipes
 from forja.errors import BadInput
-from forja.profiles import SITES, load_site
 from forja.recipes.base import STAGES
 from forja.settings import Settings
+from forja.sites import SITES, load_site
 
 GOOD = '[pools]\ncpu = 1\n[profiles.p]\nrunner = "local"\nenvironment = "ml"\n'
 ALLOW = (

@@ -13,7 +13,7 @@ from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.providers.cncf.kubernetes.utils.pod_manager import AsyncPodManager
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from forja_airflow import podlog, podreason
+from forja_airflow.pods import log, reason
 
 AWAY = (aiohttp.ClientError, OSError, TimeoutError)
 """Errors of a connection, which pass."""
@@ -64,17 +64,17 @@ class Pods(AsyncPodManager):
                 self._say(f"the cluster's API doesn't answer ({type(error).__name__}); the pod goes on without it")
                 await asyncio.sleep(PAUSE_S)
                 continue
-            self._say(podreason.waits(found) if found.status.phase == "Pending" else "")
+            self._say(reason.waits(found) if found.status.phase == "Pending" else "")
             return found
 
     async def fetch_container_logs_before_current_sec(  # type: ignore[override] # a datetime is enough
         self, pod: Any, container_name: str, since_time: datetime.datetime | str | None = None
     ) -> datetime.datetime | None:
         """Tell the log's new lines; the moment of the last one."""
-        after = podlog.moment(since_time)
+        after = log.moment(since_time)
         try:
             lines = await self._hook.read_logs(
-                self._trigger.pod_name, self._trigger.pod_namespace, container_name, podlog.since_seconds(after)
+                self._trigger.pod_name, self._trigger.pod_namespace, container_name, log.since_seconds(after)
             )
         except (*AWAY, ApiException) as error:  # the next time, or at the end
             self.log.debug("the log can't be read now: %s", error)
@@ -82,14 +82,14 @@ class Pods(AsyncPodManager):
         return await asyncio.to_thread(self._tell, lines, after)
 
     def _tell(self, lines: list[str], after: datetime.datetime | None) -> datetime.datetime | None:
-        for moment, text in podlog.new(lines, after):
+        for moment, text in log.new(lines, after):
             self.log.info("%s", text)
             after = moment
         return after
 
     def _say(self, text: str) -> None:
         # An image that can't be pulled is tried again and again, each time in other words.
-        about = "an image" if text.startswith(podreason.PULL) else text
+        about = "an image" if text.startswith(reason.PULL) else text
         if text and about != self._said:
             self.log.info("waits: %s", text)
         self._said = about

@@ -16,7 +16,7 @@ from forja import errors
 from forja.errors import Conflict, ForjaError
 from forja.kube import ApiError, Kube, Object, place
 from forja.lake import canonical, sha256
-from forja_airflow.podspec import STARTUP_S
+from forja_airflow.pods.spec import STARTUP_S
 
 JOB = "gang"
 """Name of the JobSet's one replicated Job; pods are called ``<jobset>-gang-0-<member>``."""

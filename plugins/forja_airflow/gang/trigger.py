@@ -12,7 +12,9 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from forja.errors import ForjaError, Unavailable
 from forja.kube import ApiError, Kube, Object, place
-from forja_airflow import clusters, gang_jobset, podlog
+from forja_airflow import clusters
+from forja_airflow.gang import jobset as jobsets
+from forja_airflow.pods import log
 
 EVERY_S = 2.0
 """Seconds between two looks."""
@@ -47,7 +49,7 @@ class GangTrigger(BaseTrigger):
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Class path and arguments."""
         names = ("conn_id", "namespace", "name", "uid", "queue_s", "deadline")
-        return "forja_airflow.gang_trigger.GangTrigger", {name: getattr(self, name) for name in names}
+        return f"{__name__}.GangTrigger", {name: getattr(self, name) for name in names}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until there is something to tell."""
@@ -72,7 +74,7 @@ class GangTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """A person ended the task: end the gang. The triggerer's own end comes without this call."""
-        await asyncio.to_thread(lambda: gang_jobset.remove(self._connect(), self._named()))
+        await asyncio.to_thread(lambda: jobsets.remove(self._connect(), self._named()))
 
     def _named(self) -> Object:
         return {"metadata": {"name": self.name, "namespace": self.namespace, "uid": self.uid}}
@@ -87,14 +89,14 @@ class GangTrigger(BaseTrigger):
         jobset = kube.get("JobSet", self.name, self.namespace)
         if jobset is None or jobset["metadata"]["uid"] != self.uid:
             return "gone", "somebody removed its JobSet"
-        members = gang_jobset.pods(kube, jobset)
+        members = jobsets.pods(kube, jobset)
         self._tell(kube, jobset, members)
-        state = gang_jobset.state(jobset)
+        state = jobsets.state(jobset)
         if state != "running":
             return state, ""
-        if len(members) >= gang_jobset.size(jobset):
+        if len(members) >= jobsets.size(jobset):
             self._whole = time.monotonic()
-        reason = gang_jobset.held_up(kube, jobset, members, queue_s=self.queue_s, lacking_s=time.monotonic() - self._whole, now=time.time())
+        reason = jobsets.held_up(kube, jobset, members, queue_s=self.queue_s, lacking_s=time.monotonic() - self._whole, now=time.time())
         return ("held up", reason) if reason else ("", "")
 
     def _tell(self, kube: Kube, jobset: Object, members: list[Object]) -> None:
@@ -102,7 +104,7 @@ class GangTrigger(BaseTrigger):
         for pod in members[:1]:
             self._follow(kube, pod)
         for pod in members:
-            end = gang_jobset.ended(pod)
+            end = jobsets.ended(pod)
             if end.get("exitCode") and pod["metadata"]["uid"] not in self._buried:
                 self._buried.add(pod["metadata"]["uid"])
                 last = (end.get("message") or "").strip().splitlines()[-1:]
@@ -118,7 +120,7 @@ class GangTrigger(BaseTrigger):
         if pod["metadata"]["uid"] != self._pod:
             self._pod, self._last = pod["metadata"]["uid"], None
         query: dict[str, object] = {"timestamps": "true"}
-        if (seconds := podlog.since_seconds(self._last)) is not None:
+        if (seconds := log.since_seconds(self._last)) is not None:
             query["sinceSeconds"] = seconds
         try:
             text = kube.request("GET", f"{place('Pod', self.namespace)}/{pod['metadata']['name']}/log", query=query)
@@ -126,7 +128,7 @@ class GangTrigger(BaseTrigger):
             if error.status in (400, 404):  # its container hasn't started, or is gone
                 return
             raise
-        for moment, line in podlog.new(str(text).splitlines(), self._last):
+        for moment, line in log.new(str(text).splitlines(), self._last):
             self._last = moment
             self.log.info("%s", line)
 

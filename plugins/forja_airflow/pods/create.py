@@ -14,7 +14,7 @@ from airflow.providers.cncf.kubernetes.operators.pod import POD_IDENTIFIER_STATE
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client.exceptions import ApiException
 
-from forja_airflow import podspec
+from forja_airflow.pods import spec
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -180,7 +180,7 @@ def _delete(operator: Any, pod: Any) -> None:
 
 def _await_gone(operator: Any, pod: Any) -> None:
     """Wait until a pod that is being deleted is gone, at most for its grace period and some seconds."""
-    deadline = time.monotonic() + podspec.GRACE_S + 15
+    deadline = time.monotonic() + spec.GRACE_S + 15
     operator.log.info("waits: pod %s of an earlier try is being deleted", pod.metadata.name)
     while time.monotonic() < deadline:
         try:

@@ -9,12 +9,14 @@ from kubernetes.client import ApiClient
 
 from forja import errors
 from forja.errors import BadInput
-from forja.profiles import Profile, Site
+from forja.profiles import Profile
 from forja.recipes.base import Recipe
-from forja_airflow import clusters, gang_jobset, runs
-from forja_airflow.gang_trigger import GangTrigger
-from forja_airflow.pods import PodStageOperator
-from forja_airflow.podspec import pod
+from forja.sites import Site
+from forja_airflow import clusters, runs
+from forja_airflow.gang import jobset as jobsets
+from forja_airflow.gang.trigger import GangTrigger
+from forja_airflow.pods.operator import PodStageOperator
+from forja_airflow.pods.spec import pod
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -51,10 +53,10 @@ class GangStageOperator(PodStageOperator):
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
         self.arm(runs.arguments(run), run.prepared.key)
         with runs.airflow_errors():
-            self._gang, taken = gang_jobset.submit(self._kube(), self.jobset(run.prepared.key))
+            self._gang, taken = jobsets.submit(self._kube(), self.jobset(run.prepared.key))
         meta = self._gang["metadata"]
         runs.log.info("JobSet %s/%s: %s", meta["namespace"], meta["name"], f"adopted, {taken}" if taken else f"{self.nodes} pods")
-        began = gang_jobset.moment(meta["creationTimestamp"])
+        began = jobsets.moment(meta["creationTimestamp"])
         trigger = GangTrigger(
             str(self.kubernetes_conn_id), meta["namespace"], meta["name"], meta["uid"], self.queue_s, began + self.queue_s + self.run_s
         )  # fmt: skip
@@ -65,7 +67,7 @@ class GangStageOperator(PodStageOperator):
     def jobset(self, key: str) -> Object:
         """The manifest: the pod that the profile describes, once for each member."""
         alone = ApiClient().sanitize_for_serialization(self.build_pod_request_obj(dry_run=True))
-        return gang_jobset.manifest(
+        return jobsets.manifest(
             alone, recipe=self.recipe, key=key, nodes=self.nodes, restarts=self.restarts, queue_s=self.queue_s
         )  # fmt: skip
 
@@ -83,10 +85,10 @@ class GangStageOperator(PodStageOperator):
             there = there if there is not None and there["metadata"]["uid"] == jobset["metadata"]["uid"] else None
             if status in ("completed", "gone"):
                 path = self._adopt(context, self._times(kube, there))
-                gang_jobset.remove(kube, jobset)
+                jobsets.remove(kube, jobset)
                 return path
-            end = gang_jobset.epitaph(kube, there or jobset)
-            gang_jobset.remove(kube, jobset)
+            end = jobsets.epitaph(kube, there or jobset)
+            jobsets.remove(kube, jobset)
         raise failure(status, event["message"], end)
 
     def _adopt(self, context: Context, times: dict[str, float]) -> str:
@@ -96,19 +98,19 @@ class GangStageOperator(PodStageOperator):
 
     def _times(self, kube: Kube, jobset: Object | None) -> dict[str, float]:
         """When member 0 began and ended."""
-        end = gang_jobset.ended(next(iter(gang_jobset.pods(kube, jobset) if jobset else []), {}))
-        return {"spawned": gang_jobset.moment(end["startedAt"]), "ended": gang_jobset.moment(end["finishedAt"])} if end else {}
+        end = jobsets.ended(next(iter(jobsets.pods(kube, jobset) if jobset else []), {}))
+        return {"spawned": jobsets.moment(end["startedAt"]), "ended": jobsets.moment(end["finishedAt"])} if end else {}
 
     def on_kill(self) -> None:
         """A person ended the task while it ran; while it is deferred, its trigger does this."""
         if self._gang is not None:
-            gang_jobset.remove(self._kube(), self._gang)
+            jobsets.remove(self._kube(), self._gang)
 
     def _kube(self) -> Kube:
         return clusters.connect(str(self.kubernetes_conn_id))
 
 
-def failure(status: str, message: str, end: gang_jobset.End) -> AirflowException:
+def failure(status: str, message: str, end: jobsets.End) -> AirflowException:
     """What an end of a gang means for Airflow.
 
     Args:

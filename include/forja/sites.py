@@ -1,0 +1,211 @@
+"""Sites: a file in include/sites names the profiles of one place, and for a cluster its tenants, its gateway and its baseline.
+
+Only the standard library may be imported here: DAG files read sites while Airflow parses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forja.errors import BadInput
+from forja.profiles import Profile
+from forja.settings import ROOT
+
+SITES = ROOT / "include" / "sites"
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Names of namespaces and values of labels in Kubernetes (RFC 1123)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """What a team has of a cluster: a namespace that its stages and its served models live in, and GPUs."""
+
+    team: str
+    namespace: str
+    gpus: int = 0
+    """Whole GPUs that the team's pods may ask for together."""
+    mig: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """MIG slices that they may ask for, by profile, for example ``{"1g.10gb": 7}``; none of those that aren't named."""
+
+    def __post_init__(self) -> None:
+        for field, value in (("namespace", self.namespace), ("team", self.team)):
+            if not NAME.fullmatch(value):
+                raise BadInput(f"tenant {self.team}: field {field}", value=value, allowed="a-z, 0-9 and -, at most 63")
+        for field, count in (("gpus", self.gpus), *((f"mig.{k}", v) for k, v in self.mig.items())):
+            if count < 0:
+                raise BadInput(f"tenant {self.team}: field {field}", value=count, allowed="0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow:
+    """One thing beside their own pods that tenants' pods may reach: an address range, or pods of a namespace."""
+
+    name: str
+    address: str
+    """``host:port`` under which pods know it; the proof of the baseline connects to it."""
+    port: int
+    """TCP port where it listens behind its Service: policies see a connection after the Service's address was replaced."""
+    cidr: str = ""
+    """Address range, for what runs outside pods."""
+    namespace: str = ""
+    """Namespace, for what runs in pods."""
+    pods: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of those pods; all of the namespace when empty."""
+    stage: str = ""
+    """Only pods of this stage may reach it, for example ``release``; all of the tenant when empty."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, allowed: str) -> None:
+            if not ok:
+                raise BadInput(f"baseline.allow {self.name}: field {field}", value=getattr(self, field), allowed=allowed)
+
+        host, _, port = self.address.rpartition(":")
+        check(bool(NAME.fullmatch(self.name)), "name", "a-z, 0-9 and -, at most 63")
+        check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "address", "host:port")
+        check(0 < self.port < 65536, "port", "1 to 65535")
+        check(bool(self.cidr) != bool(self.namespace), "cidr", "either cidr or namespace")
+        check(not self.cidr or _is_range(self.cidr), "cidr", "an address range like 10.1.2.0/24, never of everything")
+        check(not self.namespace or bool(NAME.fullmatch(self.namespace)), "namespace", "a-z, 0-9 and -, at most 63")
+        check(not self.pods or bool(self.namespace), "pods", "labels of pods together with a namespace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What the security baseline lets tenants reach, and how it proves itself."""
+
+    probe_image: str
+    """Image of the probes' pods: anything with ``python3`` 3.10 or newer, small and present on the nodes."""
+    probe_namespace: str = "forja-probe"
+    """Namespace without network policies: probes from and to there show that a path works but for a tenant's policies."""
+    allow: tuple[Allow, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.probe_namespace):
+            raise BadInput("baseline: field probe_namespace", value=self.probe_namespace, allowed="a-z, 0-9 and -, at most 63")
+        names = [a.name for a in self.allow]
+        if len(set(names)) != len(names):
+            raise BadInput("baseline.allow: names", value=names, allowed="each name once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """How requests reach the models of a cluster: the Gateway (gateway.networking.k8s.io) that routes are attached to."""
+
+    name: str
+    namespace: str
+    image: str
+    """Image of Triton's pods."""
+    fetch_image: str
+    """Image of the container that brings a release from the lake into Triton's pod before Triton starts."""
+    cpus: float = 1.0
+    """CPU cores of a Triton pod."""
+    memory_gib: float = 2.0
+    """Memory of a Triton pod in GiB."""
+    gpus: int = 0
+    """Whole GPUs of a Triton pod."""
+    replicas: int = 1
+    """Triton pods of one release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place: its name, pools and profiles; of a cluster also its tenants and its gateway."""
+
+    name: str
+    pools: Mapping[str, int]
+    """Slots of each Airflow pool."""
+    profiles: Mapping[str, Profile]
+    tenants: Mapping[str, Tenant] = dataclasses.field(default_factory=dict)
+    """By team."""
+    gateway: Gateway | None = None
+    """None where Envoy and Triton are processes of this machine."""
+    baseline: Baseline | None = None
+    """None where there is no cluster to secure."""
+
+    def tenant(self, team: str) -> Tenant:
+        """The tenant of a team; BadInput when the site has none."""
+        if team not in self.tenants:
+            raise BadInput(
+                f"tenant in site {self.name}", value=team, allowed=", ".join(sorted(self.tenants)) or "none yet",
+                do=f"add [tenants.{team}] to include/sites/{self.name}.toml",
+            )  # fmt: skip
+        return self.tenants[team]
+
+    def profile(self, name: str) -> Profile:
+        """The profile called ``name``; BadInput when the site has none."""
+        if name not in self.profiles:
+            raise BadInput(
+                f"profile in site {self.name}", value=name, allowed=", ".join(sorted(self.profiles)),
+                do=f"add [profiles.{name}] to include/sites/{self.name}.toml",
+            )  # fmt: skip
+        return self.profiles[name]
+
+
+def load_site(name: str, folder: Path = SITES) -> Site:
+    """Read include/sites/<name>.toml strictly: an unknown key is an error.
+
+    Raises:
+        BadInput: no such file, no valid TOML, an unknown key, or a value that a profile refuses.
+    """
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise BadInput("site", value=name, allowed=known, do="set FORJA_SITE to one of these, or add the file")
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
+    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway", "baseline"})
+    defaults = data.get("defaults", {})
+    fields = {f.name for f in dataclasses.fields(Profile)} - {"name"}
+    profiles = {}
+    for key, table in data.get("profiles", {}).items():
+        merged = {**defaults, **table}
+        _only(path, f"profiles.{key}.", merged, fields)
+        lists = {k: tuple(v) for k, v in merged.items() if isinstance(v, list)}
+        profiles[key] = Profile(name=key, **{**merged, **lists})
+    pools = data.get("pools", {})
+    for profile in profiles.values():
+        if profile.pool not in pools:
+            raise BadInput(f"{path}: profiles.{profile.name}.pool", value=profile.pool, allowed=", ".join(sorted(pools)))
+    tenants = {}
+    for team, table in data.get("tenants", {}).items():
+        _only(path, f"tenants.{team}.", table, {f.name for f in dataclasses.fields(Tenant)} - {"team"})
+        tenants[team] = Tenant(team=team, **table)
+    gateway = data.get("gateway")
+    if gateway is not None:
+        _only(path, "gateway.", gateway, {f.name for f in dataclasses.fields(Gateway)})
+    return Site(
+        name=name, pools=pools, profiles=profiles, tenants=tenants, gateway=Gateway(**gateway) if gateway else None,
+        baseline=_baseline(path, data["baseline"]) if "baseline" in data else None,
+    )  # fmt: skip
+
+
+def _baseline(path: Path, table: Mapping[str, Any]) -> Baseline:
+    _only(path, "baseline.", table, {f.name for f in dataclasses.fields(Baseline)})
+    for entry in table.get("allow", ()):
+        _only(path, "baseline.allow.", entry, {f.name for f in dataclasses.fields(Allow)})
+    try:
+        return Baseline(**{**table, "allow": tuple(Allow(**entry) for entry in table.get("allow", ()))})
+    except TypeError as error:  # a key is missing
+        raise BadInput(f"{path}: table baseline", value=str(error), allowed="probe_image; for each allow: name, address, port") from None
+
+
+def _is_range(text: str) -> bool:
+    try:
+        return ipaddress.ip_network(text).prefixlen > 0
+    except ValueError:
+        return False
+
+
+def _only(path: Path, prefix: str, table: Mapping[str, object], allowed: set[str]) -> None:
+    for key in table:
+        if key not in allowed:
+            raise BadInput(f"{path}: unknown key", value=prefix + key, allowed=", ".join(sorted(allowed)))
