@@ -126,8 +126,10 @@ def last(run: Run, said: str = "") -> Receipt:
 
 
 def newest(run: Run) -> str:
-    """Path of the newest receipt of this very work, empty when there is none."""
+    """Path of the newest receipt of this very work; empty when there is none, or when its key depends on hardware that isn't known here."""
     folder = run.prepared.folder
+    if run.prepared.stage.hardware:
+        return ""
     if run.prepared.stage.repeat == "reconciled":
         return next(reversed(harness.numbered(run.lake, folder)), "")
     path = f"{folder}/receipt.json"

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from gang_parts import ARGUMENTS, DONE, FAILED, KEY, MIDNIGHT, PROFILE, QUOTA, RECIPE, SITE, Api, job, jobset, member, operator, there
 
-from forja import recipes
 from forja.errors import BadInput, Conflict, Unavailable
 from forja.kube import ApiError, place
-from forja.profiles import Profile
 from forja.recipes.base import STAGES
-from forja.sites import load_site
 from forja.training import launch
 from forja_airflow.gang import jobset as gang_jobset
 from forja_airflow.gang import trigger as gang_trigger
 from forja_airflow.gang.operator import GangStageOperator, failure, gang
 from forja_airflow.pods.operator import PodStageOperator
 from forja_airflow.pods.spec import pod
-
-SITE = load_site("cluster")
-RECIPE = recipes.load("digits")
-PROFILE = dataclasses.replace(SITE.profile("training"), nodes=2)
-KEY = "0123456789abcdef" * 2
-ARGUMENTS = ["train", "--recipe", "digits", "--in", "dataset=a/b", "--code", "0" * 64]
-
-
-def operator(profile: Profile = PROFILE) -> GangStageOperator:
-    op = GangStageOperator(task_id="train", verb="train", recipe="digits", **gang(profile, site=SITE, recipe=RECIPE, verb="train"))
-    op.arm(ARGUMENTS, KEY)
-    return op
-
-
-def jobset(profile: Profile = PROFILE) -> Any:
-    made = json.loads(json.dumps(operator(profile).jobset(KEY)))  # what the API gets: plain JSON
-    return {**made, "metadata": {**made["metadata"], "uid": "u1", "creationTimestamp": "2026-01-01T00:00:00Z"}}
-
-
-def job(made: Any) -> Any:
-    (replicated,) = made["spec"]["replicatedJobs"]
-    return replicated["template"]["spec"]
 
 
 def test_members_are_the_pod_of_the_profile_and_nothing_more() -> None:
@@ -62,7 +35,8 @@ def test_members_are_the_pod_of_the_profile_and_nothing_more() -> None:
     own = {"terminationGracePeriodSeconds", "activeDeadlineSeconds", "containers"}
     assert {k: v for k, v in spec.items() if k not in own} == {k: v for k, v in want.items() if k not in own}
     assert {k: v for k, v in container.items() if k != "env"} == {k: v for k, v in wanted.items() if k != "env"}
-    assert spec["activeDeadlineSeconds"] == want["activeDeadlineSeconds"] + PROFILE.queue_timeout_s
+    most = want["activeDeadlineSeconds"] + PROFILE.queue_timeout_s
+    assert most < job(jobset())["activeDeadlineSeconds"] < spec["activeDeadlineSeconds"], "Airflow's end, the Job's, the kubelet's"
 
 
 def test_members_can_meet_and_the_gang_begins_again_as_a_whole() -> None:
@@ -72,6 +46,7 @@ def test_members_can_meet_and_the_gang_begins_again_as_a_whole() -> None:
     assert made["metadata"]["labels"]["forja/key"] == KEY
     assert made["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
     assert made["spec"]["failurePolicy"]["maxRestarts"] == PROFILE.retries
+    assert made["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy", "DeadlineExceeded"]
     assert (job(made)["completions"], job(made)["parallelism"], job(made)["backoffLimit"]) == (2, 2, 0)
     assert job(made)["completionMode"] == "Indexed"
     (rule,) = job(made)["podFailurePolicy"]["rules"]
@@ -143,49 +118,6 @@ def test_a_gang_of_another_stage_is_an_import_error(tmp_path: Path, monkeypatch:
     assert any("only train runs as a gang" in text for text in found.import_errors.values())
 
 
-class Api:
-    """Answers what a table says; a stand-in where the cluster's own words are the input. tests/cluster has the real API."""
-
-    def __init__(self, **answers: Any) -> None:
-        self.answers, self.asked = answers, list[str]()
-
-    def list(self, kind: str, namespace: str, **selectors: str) -> Any:
-        return self.answers.get(kind, [])
-
-    def create(self, manifest: Any) -> Any:
-        if "there" in self.answers:
-            raise ApiError("POST", 409, "AlreadyExists", "it is there")
-        return manifest
-
-    def get(self, kind: str, name: str, namespace: str) -> Any:
-        return self.answers.get("there")
-
-    def request(self, method: str, path: str, body: Any) -> None:
-        self.asked.append(f"{method} {path} {body['preconditions']['uid']}")
-        self.answers.pop("there", None)
-
-
-def member(index: int = 0, *, scheduled: str = "", waiting: str = "", code: int | None = None, message: str = "") -> Any:
-    """A pod as the API gives it, made at midnight."""
-    midnight = "2026-01-01T00:00:00Z"
-    meta = {"name": f"m-{index}", "uid": f"p{index}", "creationTimestamp": midnight, "labels": {gang_jobset.INDEX: str(index)}}
-    condition = {"type": "PodScheduled", "status": "False" if scheduled else "True", "message": scheduled, "lastTransitionTime": midnight}
-    state: Any = {"running": {}}
-    if waiting:
-        state = {"waiting": {"reason": waiting, "message": "why"}}
-    if code is not None:
-        state = {"terminated": {"exitCode": code, "reason": "Error", "message": message}}
-    phase = "Pending" if scheduled or waiting else "Running"
-    return {"metadata": meta, "status": {"phase": phase, "conditions": [condition], "containerStatuses": [{"state": state}]}}
-
-
-MIDNIGHT = gang_jobset.moment("2026-01-01T00:00:00Z")
-QUOTA = {
-    "reason": "FailedCreate", "message": "exceeded quota: tenant", "lastTimestamp": "2026-01-01T00:00:01Z",
-    "involvedObject": {"name": "digits-0123456789-gang-0"},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("pods", "events", "age", "said"),
     [
@@ -207,7 +139,7 @@ def test_a_gang_that_does_not_start_says_why(pods: Any, events: Any, age: float,
 
 @pytest.mark.parametrize(
     ("ends", "code"),
-    [((1, 143), 1), ((143, 2), 2), ((137, None), 137), ((None, None), 1), ((6, 1), 6)],
+    [((1, 143), 1), ((143, 2), 2), ((137, None), 137), ((None, None), 1), ((6, 1), 6), ((1, 5), 5), ((143, 5), 5), ((5, 2), 2)],
 )
 def test_the_exit_status_that_counts_is_the_one_that_no_retry_mends(ends: Any, code: int) -> None:
     pods = [member(i, code=end, message=f"first\nlast of {i}") if end else member(i) for i, end in enumerate(ends)]
@@ -236,22 +168,11 @@ def test_how_a_gang_ends_says_whether_a_retry_helps(status: str, code: int, kind
     assert "words of the cluster" in str(raised)
 
 
-def there(**change: Any) -> Any:
-    found = jobset()
-    found["status"] = change.pop("status", {})
-    found["metadata"] = {**found["metadata"], **change}
-    return found
-
-
-FAILED = {"conditions": [{"type": "Failed", "status": "True", "message": "x"}]}
-DONE = {"conditions": [{"type": "Completed", "status": "True"}]}
-
-
 @pytest.mark.parametrize(
     ("found", "taken", "removed"),
     [
         (there(), "as it is", 0),
-        (there(status=DONE), "as it is", 0),
+        (there(status=DONE), "", 1),
         (there(annotations={gang_jobset.SPEC: "other"}), "though it was started with other settings", 0),
         (there(status=FAILED), "", 1),
     ],
@@ -296,48 +217,3 @@ def test_the_trigger_keeps_no_secret_and_comes_back_as_it_was() -> None:
 )
 def test_only_an_outage_is_waited_out(error: Any, again: bool) -> None:
     assert gang_trigger.passes(error) is again
-
-
-class Away(Api):
-    """An API server that is away at first."""
-
-    def __init__(self, times: int, **answers: Any) -> None:
-        super().__init__(**answers)
-        self.times = times
-
-    def get(self, kind: str, name: str, namespace: str) -> Any:
-        self.times -= 1
-        if self.times >= 0:
-            raise Unavailable("the Kubernetes API doesn't answer")
-        return super().get(kind, name, namespace)
-
-
-@pytest.mark.parametrize(
-    ("away", "found", "later_s", "status"),
-    [
-        (3, there(status=DONE), 60, "completed"),
-        (0, there(status=FAILED), 60, "failed"),
-        (0, None, 60, "gone"),
-        (0, there(uid="another"), 60, "gone"),
-        (10**9, None, 0.05, "late"),
-        (0, there(), 0.05, "late"),
-    ],
-)
-def test_the_trigger_tells_how_the_gang_is(away: int, found: Any, later_s: float, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gang_trigger, "EVERY_S", 0.01)
-    monkeypatch.setattr(gang_trigger, "CALM_S", 0.01)
-    api = Away(away, there=found)
-    monkeypatch.setattr(gang_trigger.clusters, "connect", lambda _: api)
-    trigger = gang_trigger.GangTrigger("kubernetes_default", "ns", "name", "u1", 60, time.time() + later_s)
-
-    async def first() -> Any:
-        return (await anext(trigger.run())).payload
-
-    assert asyncio.run(first())["status"] == status
-
-
-def test_a_person_who_ends_the_task_ends_that_very_gang(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = Api(there=there())
-    monkeypatch.setattr(gang_trigger.clusters, "connect", lambda _: api)
-    asyncio.run(gang_trigger.GangTrigger("kubernetes_default", "forja-vision", "digits-0123456789", "u1", 60, 0.0).on_kill())
-    assert api.asked == [f"DELETE {place('JobSet', 'forja-vision')}/digits-0123456789 u1"]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.providers.cncf.kubernetes.utils.pod_manager import PodLaunchTimeoutException
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from forja_airflow.pods import create as podcreate
@@ -30,12 +31,14 @@ def parsed(kind: str, given: dict[str, Any]) -> Any:
     return ApiClient().deserialize(SimpleNamespace(data=json.dumps(given)), kind)
 
 
-def pod(*, labels: dict[str, str] | None = None, deleted: bool = False, name: str = "x", age: int = 0, **status: Any) -> Any:
+def pod(*, labels: dict[str, str] | None = None, deleted: int | None = None, name: str = "x", age: int = 0, **status: Any) -> Any:
+    """A pod as the API gives it; one that is ``deleted`` must have ended so many seconds ago."""
     limits = {"limits": {"memory": "512Mi"}}
     meta: dict[str, Any] = {"name": name, "namespace": "n", "uid": name, "labels": labels or {}}
     meta["creationTimestamp"] = f"2026-01-01T00:00:{age:02}Z"
-    if deleted:
-        meta["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    if deleted is not None:
+        until = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=deleted)
+        meta["deletionTimestamp"] = until.isoformat()
     return parsed("V1Pod", {"metadata": meta, "spec": {"containers": [{"name": "base", "resources": limits}]}, "status": status})
 
 
@@ -166,7 +169,7 @@ class Cluster:
     POD_CHECKED_KEY = "already_checked"
 
     def __init__(self, *pods: Any) -> None:
-        self.there, self.deleted = list(pods), list[str]()
+        self.there, self.deleted, self.heeded = list(pods), list[str](), 0
         self.labels, self.namespace = {podcreate.KEY: "new"}, "n"
         self.client = self.hook = self.pod_manager = self.log = self
 
@@ -192,6 +195,9 @@ class Cluster:
 
     def _persist_pod_identity_to_task_state_store(self, context: Any, pod: Any) -> None:
         context["task_state_store"]["pod_identifier"] = {"name": pod.metadata.name, "namespace": "n"}
+
+    def heed(self, context: Any) -> None:
+        self.heeded += 1
 
     def info(self, *words: Any) -> None:
         pass
@@ -235,6 +241,37 @@ def test_the_trigger_gives_up_where_patience_mends_nothing(status: int, monkeypa
         asyncio.run(trigger([ApiException(status=status)], monkeypatch, [])._get_pod())
 
 
+ENDED = base(terminated={"exitCode": 0, "reason": "Completed"})
+
+
+@pytest.mark.parametrize(
+    ("deleted", "statuses", "lost"),
+    [(None, base(running={}), False), (-30, base(running={}), False), (59, base(running={}), False), (61, base(running={}), True),
+     (61, ENDED, False), (61, None, True)],
+)  # fmt: skip
+def test_a_pod_is_lost_when_nobody_says_that_it_ended(
+    deleted: int | None, statuses: Any, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node died: the API keeps it as Running, with a deletion that never comes."""
+    found = pod(phase="Running", containerStatuses=statuses, deleted=deleted)
+    assert podreason.lost(found) is lost
+    made = trigger([found], monkeypatch, [])
+    if lost:
+        with pytest.raises(PodLaunchTimeoutException, match="its node doesn't say"):
+            asyncio.run(made._get_pod())
+    else:
+        assert asyncio.run(made._get_pod()) is found
+
+
+def test_the_trigger_tells_the_task_of_a_lost_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trigger([pod(phase="Running", deleted=100)], monkeypatch, [])
+
+    async def first() -> Any:
+        return (await anext(made.run())).payload
+
+    assert asyncio.run(first())["status"] == "timeout"
+
+
 def test_a_log_that_cannot_be_read_is_read_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     pods = trigger([LINES[:1], ApiException(status=500), LINES[:2]], monkeypatch, told).pod_manager
@@ -255,7 +292,8 @@ NEW, OLD = {"task_id": "t", podcreate.KEY: "new"}, {"task_id": "t", podcreate.KE
         ([pod(labels=NEW, phase="Running")], "", "x", []),
         ([pod(labels=NEW, phase="Succeeded")], "x", "x", []),
         ([pod(labels=NEW, phase="Failed")], "", "x", []),
-        ([pod(labels=NEW, phase="Running", deleted=True)], "", "", []),
+        ([pod(labels=NEW, phase="Running", deleted=-30)], "", "", []),
+        ([pod(labels=NEW, phase="Running", deleted=100)], "", "", []),
         ([pod(labels=OLD, phase="Running")], "x", "", ["x"]),
         ([pod(labels={**NEW, "lost": ""}, phase="Running")], "x", "x", []),
         ([pod(labels={**NEW, "lost": "", "task_id": "another"}, phase="Running")], "x", "", []),
@@ -263,7 +301,7 @@ NEW, OLD = {"task_id": "t", podcreate.KEY: "new"}, {"task_id": "t", podcreate.KE
         ([pod(labels=NEW, phase="Running", name="b", age=2), pod(labels=NEW, phase="Running", name="a", age=1)], "", "a", ["b"]),
     ],
     ids=[
-        "nothing", "only its name is left", "running", "ended well", "failed", "being deleted", "other work", "by the store alone",
+        "nothing", "only its name is left", "running", "ended well", "failed", "being deleted", "lost", "other work", "by the store alone",
         "the store names another task's", "dealt with", "two of them",
     ],
 )  # fmt: skip
@@ -273,3 +311,5 @@ def test_what_an_earlier_try_left(pods: list[Any], stored: str, adopted: str, de
     found = podcreate.left(cluster, {"task_state_store": store})
     assert (found.metadata.name if found else "") == adopted
     assert cluster.deleted == deleted
+    leaving = [p for p in pods if p.metadata.deletion_timestamp and not podreason.lost(p)]
+    assert (cluster.heeded, bool(cluster.there)) == ((1, False) if leaving else (0, len(pods) > len(deleted)))

@@ -12,6 +12,7 @@ import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from forja import recipes
+from forja.errors import BadInput
 from forja.lake import Lake
 from forja.profiles import Profile
 from forja.receipts import Receipt
@@ -72,6 +73,11 @@ def test_pod_is_restricted(verb: str) -> None:
     labels = built["metadata"]["labels"]
     assert (labels["forja/recipe"], labels["forja/stage"], labels["forja/key"]) == ("digits", verb, "f" * 32)
     assert spec["activeDeadlineSeconds"] == 600 + profile.run_timeout_s
+
+
+def test_a_recipe_whose_name_is_no_label_is_refused() -> None:
+    with pytest.raises(BadInput, match="got 'digits_'; allowed: a letter or a digit at its end"):
+        pod(SITE.profile("etl"), site=SITE, recipe=dataclasses.replace(RECIPE, name="digits_"), verb="transform")
 
 
 def test_training_gets_its_gpu() -> None:

@@ -165,8 +165,8 @@ def _torchrun(
             seen += 1
             log().add(point)
             work.say(f"epoch {point['step']}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in sorted(point["metrics"].items())))
+        work.check()  # before anything is written: who lost the claim must not remove the other's checkpoint
         checkpoint = _keep(work, history, checkpoint)
-        work.check()
         return False
 
     launch.run(handout, me, ranks, work.key, look)
@@ -188,11 +188,13 @@ def _keep(work: Work, history: Path, seen: Path | None) -> Path | None:
     local = newest_checkpoint(work.scratch)
     if local is None or local == seen:
         return seen
-    older = _checkpoints(work)
+    path = f"{work.folder}/{local.name}"
+    # One of this very name may be there already: a try that died between keeping it and here.
+    older = [name for name in _checkpoints(work) if name != path]
     points = history.read_bytes()
-    work.lake.create(f"{work.folder}/{local.name}", len(points).to_bytes(8) + points + local.read_bytes())
-    for path in older:
-        work.lake.delete(path)
+    work.lake.create(path, len(points).to_bytes(8) + points + local.read_bytes())
+    for name in older:
+        work.lake.delete(name)
     if seen is not None:
         seen.unlink()
     return local

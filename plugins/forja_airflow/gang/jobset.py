@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from forja import errors
 from forja.errors import Conflict, ForjaError
 from forja.kube import ApiError, Kube, Object, place
 from forja.lake import canonical, sha256
-from forja_airflow.pods.spec import STARTUP_S
+from forja_airflow.pods.times import LOST_S, STARTUP_S
 
 JOB = "gang"
 """Name of the JobSet's one replicated Job; pods are called ``<jobset>-gang-0-<member>``."""
@@ -26,6 +26,9 @@ PORT = 29500
 
 GRACE_S = 5
 """Seconds that a member has to end: the others' restart waits for it."""
+
+LATE_S = 60
+"""Seconds from the end that Airflow sets a gang to the one that its Job sets: the latter is for a gang that Airflow has lost."""
 
 KEEP_S = 86400
 """Seconds that a finished JobSet stays when nobody is left to remove it."""
@@ -67,12 +70,12 @@ def manifest(pod: Object, *, recipe: str, key: str, nodes: int, restarts: int, q
     labels = {k: v for k, v in pod["metadata"]["labels"].items() if k.startswith(("forja/", "app.kubernetes.io/"))}
     (container,) = pod["spec"]["containers"]
     container = {**container, "env": [*container.get("env", []), *_env(name, nodes, queue_s)]}
-    # A member runs while it waits for those that have no node yet.
-    most = pod["spec"]["activeDeadlineSeconds"] + queue_s
-    spec = {**pod["spec"], "containers": [container], "terminationGracePeriodSeconds": GRACE_S, "activeDeadlineSeconds": most}
+    # A member runs while it waits for those that have no node yet. Its own end comes last: by then nobody has ended the Job.
+    most = pod["spec"]["activeDeadlineSeconds"] + queue_s + LATE_S
+    spec = {**pod["spec"], "containers": [container], "terminationGracePeriodSeconds": GRACE_S, "activeDeadlineSeconds": most + LATE_S}
     final = sorted(kind.exit_code for kind in errors.BY_EXIT_CODE.values() if not kind.retry)
     job = {
-        "completionMode": "Indexed", "completions": nodes, "parallelism": nodes, "backoffLimit": 0,
+        "completionMode": "Indexed", "completions": nodes, "parallelism": nodes, "backoffLimit": 0, "activeDeadlineSeconds": most,
         # What no retry mends ends the gang at once; anything else begins it again.
         "podFailurePolicy": {
             "rules": [{"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": final}}]
@@ -83,7 +86,7 @@ def manifest(pod: Object, *, recipe: str, key: str, nodes: int, restarts: int, q
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "failurePolicy": {
             "maxRestarts": restarts,
-            "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"]}],
         },
         "ttlSecondsAfterFinished": KEEP_S,
         "replicatedJobs": [{"name": JOB, "replicas": 1, "template": {"spec": job}}],
@@ -107,8 +110,13 @@ def _env(name: str, nodes: int, queue_s: int) -> list[Object]:
     ]
 
 
-def submit(kube: Kube, wanted: Object, *, patience_s: float = 120) -> tuple[Object, str]:
-    """Create the JobSet, or take over the one that does this very work.
+def submit(kube: Kube, wanted: Object, *, patience_s: float = 120, heed: Callable[[], None] = lambda: None) -> tuple[Object, str]:
+    """Create the JobSet, or take over the one that does this very work; one that has ended makes room for it.
+
+    To be called when there is no receipt, so that of one that completed nothing is left.
+
+    Args:
+        heed: called between tries; may raise.
 
     Returns:
         The JobSet, and how it was taken over: empty for one that this call made.
@@ -130,10 +138,11 @@ def submit(kube: Kube, wanted: Object, *, patience_s: float = 120) -> tuple[Obje
         if there["metadata"]["labels"].get("forja/key") != meta["labels"]["forja/key"]:
             raise Conflict(f"JobSet {meta['name']} in {meta['namespace']} does other work", do="remove it, if nobody waits for it")
         if not there["metadata"].get("deletionTimestamp"):
-            if state(there) != "failed":
+            if state(there) == "running":
                 same = there["metadata"].get("annotations", {}).get(SPEC) == meta["annotations"][SPEC]
                 return there, "as it is" if same else "though it was started with other settings"
             remove(kube, there)
+        heed()
         time.sleep(0.5)
     raise Conflict(f"JobSet {meta['name']} in {meta['namespace']} ended and isn't gone", do="try again")
 
@@ -147,6 +156,27 @@ def remove(kube: Kube, jobset: Object) -> None:
     except ApiError as error:
         if error.status not in (404, 409):
             raise
+
+
+def remove_done(kube: Kube, name: str, namespace: str, key: str) -> None:
+    """Delete what is left of the gang that did this work."""
+    there = kube.get("JobSet", name, namespace)
+    if there is not None and there["metadata"]["labels"].get("forja/key") == key:
+        remove(kube, there)
+
+
+def remove_lost(kube: Kube, members: list[Object], now: float) -> list[str]:
+    """Delete by force the members that were to end long ago and whose node doesn't say that they did; their names.
+
+    The Job makes no new pod, and the JobSet no new Job, while the old ones are there.
+    """
+    names = []
+    for pod in members:
+        until = pod["metadata"].get("deletionTimestamp")
+        if until and now - moment(until) > LOST_S and not ended(pod):
+            names.append(pod["metadata"]["name"])
+            kube.delete("Pod", pod["metadata"]["name"], pod["metadata"]["namespace"], grace_s=0)
+    return names
 
 
 def state(jobset: Object) -> str:
@@ -214,8 +244,10 @@ def epitaph(kube: Kube, jobset: Object) -> End:
     lines += [c["message"] for c in conditions]
     if warned := happened(kube, jobset, members):
         lines.append(warned)
-    final = [c for c in codes if c in errors.BY_EXIT_CODE and not errors.BY_EXIT_CODE[c].retry]
-    return End(code=(final or codes or [ForjaError.exit_code])[0], text="\n".join(lines) or "the cluster says nothing more")
+    known = [c for c in codes if c in errors.BY_EXIT_CODE]
+    final = [c for c in known if not errors.BY_EXIT_CODE[c].retry]
+    # When one member fails, the others fail of its absence: what it said on purpose counts for more than how they ended.
+    return End(code=(final or known or codes or [ForjaError.exit_code])[0], text="\n".join(lines) or "the cluster says nothing more")
 
 
 def happened(kube: Kube, jobset: Object, members: list[Object]) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import ApiClient
 
 from forja import errors
-from forja.errors import BadInput
+from forja.errors import BadInput, ForjaError
+from forja.kube import ApiError
 from forja.profiles import Profile
 from forja.recipes.base import Recipe
 from forja.sites import Site
 from forja_airflow import clusters, runs
 from forja_airflow.gang import jobset as jobsets
 from forja_airflow.gang.trigger import GangTrigger
+from forja_airflow.pods import create
 from forja_airflow.pods.operator import PodStageOperator
 from forja_airflow.pods.spec import pod
+from forja_airflow.pods.times import STARTUP_S
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -39,30 +43,58 @@ class GangStageOperator(PodStageOperator):
     """
 
     ui_color = "#dfeee6"
+    what = "gang"
 
     def __init__(self, *, nodes: int, restarts: int, queue_s: int, run_s: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.nodes, self.restarts, self.queue_s, self.run_s = nodes, restarts, queue_s, run_s
         self._gang: Object | None = None
 
-    def execute(self, context: Context, event: Any = None) -> str | None:
+    def _begin(self, context: Context) -> str | None:
         """Adopt the receipt that is there, or start the gang and give the slot back until it has ended."""
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
         self.agree(run.settings.lake)
         if run.prepared.receipt is not None:
+            self._remove_done(run.prepared.key, context)
             return self._result(runs.settle(self, run, run.prepared.receipt, context), context)
         self.arm(runs.arguments(run), run.prepared.key)
-        with runs.airflow_errors():
-            self._gang, taken = jobsets.submit(self._kube(), self.jobset(run.prepared.key))
+        self._gang, taken = self._submit(self.jobset(run.prepared.key), context)
         meta = self._gang["metadata"]
         runs.log.info("JobSet %s/%s: %s", meta["namespace"], meta["name"], f"adopted, {taken}" if taken else f"{self.nodes} pods")
-        began = jobsets.moment(meta["creationTimestamp"])
+        return self._watch(self._gang, context, adopted=bool(taken) and not self._again)
+
+    def _submit(self, wanted: Object, context: Context) -> tuple[Object, str]:
+        """The JobSet, made or taken over; what the API refuses means the same as for a pod."""
+        with runs.airflow_errors():
+            try:
+                return jobsets.submit(self._kube(), wanted, heed=lambda: self.heed(context))
+            except ApiError as error:
+                quota = create.QUOTA.search(error.message)
+                passing = error.status not in create.FINAL or (quota is not None and not create.hopeless(quota[1]))
+                kind, what = (AirflowException, "didn't make") if passing else (AirflowFailException, "refuses")
+                raise kind(f"the cluster {what} the gang: {error}") from None
+
+    def _watch(self, there: Object, context: Context, **knows: Any) -> NoReturn:
+        """Give the slot back until the gang has ended; ``knows`` are arguments of resume."""
+        self.heed(context)
+        meta = there["metadata"]
         trigger = GangTrigger(
-            str(self.kubernetes_conn_id), meta["namespace"], meta["name"], meta["uid"], self.queue_s, began + self.queue_s + self.run_s
+            str(self.kubernetes_conn_id), meta["namespace"], meta["name"], meta["uid"], self.queue_s, self._deadline(there)
         )  # fmt: skip
-        self.defer(
-            trigger=trigger, method_name="resume", kwargs={"jobset": {"metadata": {k: meta[k] for k in ("name", "namespace", "uid")}}}
-        )
+        named = {"metadata": {k: meta[k] for k in ("name", "namespace", "uid")}}
+        self.defer(trigger=trigger, method_name="resume", kwargs={"jobset": named, **knows})
+
+    def _deadline(self, there: Object) -> float:
+        return jobsets.moment(there["metadata"]["creationTimestamp"]) + self.queue_s + STARTUP_S + self.run_s
+
+    def _remove_done(self, key: str, context: Context) -> None:
+        """Remove what an earlier try left, when the work is known to be done; a cluster that is away doesn't undo it."""
+        if context["ti"].try_number == 1:
+            return
+        try:
+            jobsets.remove_done(self._kube(), jobsets.name_of(self.recipe, key), str(self.namespace), key)
+        except (ForjaError, AirflowException) as error:
+            runs.log.warning("what an earlier try left of the gang can't be removed: %s", error)
 
     def jobset(self, key: str) -> Object:
         """The manifest: the pod that the profile describes, once for each member."""
@@ -71,8 +103,14 @@ class GangStageOperator(PodStageOperator):
             alone, recipe=self.recipe, key=key, nodes=self.nodes, restarts=self.restarts, queue_s=self.queue_s
         )  # fmt: skip
 
-    def resume(self, context: Context, event: dict[str, Any], jobset: Object) -> str:
+    def resume(self, context: Context, event: dict[str, Any], jobset: Object, refused: int = 0, adopted: bool = False) -> str | None:
         """The gang has ended, or must: its receipt's path.
+
+        Args:
+            jobset: its name, namespace and uid.
+            refused: how often the trigger came back because the cluster refused to tell it about a gang that runs.
+            adopted: the gang is one that an earlier try left: when somebody takes it away, as happens when a person clears a deferred
+                task, this try goes on with a gang of its own.
 
         Raises:
             AirflowFailException: the gang failed for good.
@@ -83,18 +121,33 @@ class GangStageOperator(PodStageOperator):
         with runs.airflow_errors():
             there = kube.get("JobSet", jobset["metadata"]["name"], jobset["metadata"]["namespace"])
             there = there if there is not None and there["metadata"]["uid"] == jobset["metadata"]["uid"] else None
-            if status in ("completed", "gone"):
-                path = self._adopt(context, self._times(kube, there))
+            if status == "refused":
+                status = "gone" if there is None else jobsets.state(there)
+                if there is not None and status == "running":
+                    status = "refused"
+                    if refused < self.MAX_REDEFER_ATTEMPTS and time.time() < self._deadline(there):
+                        runs.log.warning("the gang runs; it is watched again, though the cluster refused it: %s", event["message"])
+                        self._watch(there, context, refused=refused + 1, adopted=adopted)
+            if status == "gone" and adopted:
+                return self._anew(context)
+            try:
+                if status in ("completed", "gone"):
+                    return self._adopt(context, self._times(kube, there), event["message"] if status == "gone" else "")
+                end = jobsets.epitaph(kube, there or jobset)
+            finally:
                 jobsets.remove(kube, jobset)
-                return path
-            end = jobsets.epitaph(kube, there or jobset)
-            jobsets.remove(kube, jobset)
         raise failure(status, event["message"], end)
 
-    def _adopt(self, context: Context, times: dict[str, float]) -> str:
-        """The receipt that member 0 left."""
+    def _adopt(self, context: Context, times: dict[str, float], gone: str) -> str:
+        """The receipt that member 0 left.
+
+        Args:
+            gone: what happened to a gang that didn't end by itself.
+        """
         run = runs.begin(self.verb, self.recipe, self.inputs, self.variant)
-        return self._result(runs.settle(self, run, runs.last(run), context, **times), context)
+        if gone and run.prepared.receipt is None:
+            raise AirflowException(f"the gang is gone, and left no receipt: {gone}")
+        return self._result(runs.settle(self, run, run.prepared.receipt or runs.last(run), context, **times), context)
 
     def _times(self, kube: Kube, jobset: Object | None) -> dict[str, float]:
         """When member 0 began and ended."""
@@ -102,9 +155,17 @@ class GangStageOperator(PodStageOperator):
         return {"spawned": jobsets.moment(end["startedAt"]), "ended": jobsets.moment(end["finishedAt"])} if end else {}
 
     def on_kill(self) -> None:
-        """A person ended the task while it ran; while it is deferred, its trigger does this."""
+        """Only told: heed ends the gang where this task goes on, since a handler of signals shouldn't wait for the cluster's answer.
+
+        While the task is deferred, its trigger does this.
+        """
+        self._told = True
+
+    def end(self) -> None:
+        """Remove the gang."""
         if self._gang is not None:
-            jobsets.remove(self._kube(), self._gang)
+            with runs.airflow_errors():
+                jobsets.remove(self._kube(), self._gang)
 
     def _kube(self) -> Kube:
         return clusters.connect(str(self.kubernetes_conn_id))

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from airflow.sdk.exceptions import AirflowException, AirflowRuntimeError
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from forja.errors import ForjaError, Unavailable
@@ -22,11 +23,21 @@ EVERY_S = 2.0
 CALM_S = 30.0
 """Longest wait between two tries to reach an API server that doesn't answer."""
 
+REFUSALS = 5
+"""Looks that may be refused, one after the other, before the task is told: a token or a role may be on its way."""
+
+END_S = 25.0
+"""Seconds in which the gang's end is tried again and again: Airflow allows 30."""
+
+ERRORS = (ForjaError, AirflowException, AirflowRuntimeError)
+"""What can be wrong with a look: the cluster's answer, or the connection that Airflow gives."""
+
 
 class GangTrigger(BaseTrigger):
     """Fires once: ``{"status": "completed" | "failed" | "gone" | "held up" | "late" | "refused", "message": ...}``.
 
-    It never fires because the API server is away: it looks again, less and less often, until ``deadline``.
+    It never fires because the API server is away: it looks again, less and less often, until ``deadline``. Nor does one refusal say
+    anything: the credentials are read anew, and it looks again.
 
     Args:
         conn_id: Airflow connection to the cluster; what it holds is not kept in Airflow's database.
@@ -53,20 +64,23 @@ class GangTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until there is something to tell."""
-        calm = EVERY_S
+        calm, refusals = EVERY_S, 0
         while True:
             status, message = "", ""
             try:
                 # The client blocks; a thread of its own keeps the triggerer's loop free.
                 status, message = await asyncio.to_thread(self._look)
-                calm = EVERY_S
-            except ForjaError as error:
+                calm, refusals = EVERY_S, 0
+            except ERRORS as error:
                 if not passes(error):
+                    self._kube = None  # the file that the connection names may hold a new token
+                    refusals += 1
+                if refusals > REFUSALS:
                     status, message = "refused", str(error)
                 calm = min(calm * 2, CALM_S)
                 self.log.warning("no answer about JobSet %s; next look in %.0f s: %s", self.name, calm, error)
             if not status and time.time() > self.deadline:
-                status, message = "late", "the profile's queue_timeout_s and run_timeout_s are over"
+                status, message = "late", "the profile's queue_timeout_s and run_timeout_s, and the time for its start, are over"
             if status:
                 yield TriggerEvent({"status": status, "message": message})  # type: ignore[no-untyped-call]
                 return
@@ -74,7 +88,19 @@ class GangTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """A person ended the task: end the gang. The triggerer's own end comes without this call."""
-        await asyncio.to_thread(lambda: jobsets.remove(self._connect(), self._named()))
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        deadline = time.monotonic() + END_S
+        while True:
+            try:
+                return jobsets.remove(self._connect(), self._named())
+            except ERRORS as error:
+                self._kube = None
+                if time.monotonic() + EVERY_S > deadline:
+                    raise
+                self.log.warning("JobSet %s isn't removed yet: %s", self.name, error)
+            time.sleep(EVERY_S)
 
     def _named(self) -> Object:
         return {"metadata": {"name": self.name, "namespace": self.namespace, "uid": self.uid}}
@@ -91,7 +117,11 @@ class GangTrigger(BaseTrigger):
             return "gone", "somebody removed its JobSet"
         members = jobsets.pods(kube, jobset)
         self._tell(kube, jobset, members)
+        for name in jobsets.remove_lost(kube, members, time.time()):
+            self.log.warning("pod %s is lost with its node and deleted by force", name)
         state = jobsets.state(jobset)
+        if jobset["metadata"].get("deletionTimestamp") and state != "completed":
+            return "", ""  # somebody removes it, so that its members fail: it is gone soon
         if state != "running":
             return state, ""
         if len(members) >= jobsets.size(jobset):
@@ -133,6 +163,6 @@ class GangTrigger(BaseTrigger):
             self.log.info("%s", line)
 
 
-def passes(error: ForjaError) -> bool:
+def passes(error: Exception) -> bool:
     """Whether looking again can help: the API server is away or busy."""
     return isinstance(error, Unavailable) or (isinstance(error, ApiError) and (error.status >= 500 or error.status in (409, 429)))

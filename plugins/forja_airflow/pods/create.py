@@ -1,4 +1,4 @@
-"""Finding the pod that an earlier try of a task left, and making a new one: never two of them, and no spec in any log."""
+"""Finding the pod that an earlier try of a task left, and making a new one beside none that is left; no spec goes into any log."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generi
 from airflow.providers.cncf.kubernetes.operators.pod import POD_IDENTIFIER_STATE_KEY
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
-from forja_airflow.pods import spec
+from forja_airflow.pods import reason
+from forja_airflow.pods.times import GRACE_S
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -27,7 +29,10 @@ KEY = "forja/key"
 ROOM_S = 15
 """Seconds between two tries while the tenant's quota has no room."""
 
-_patient = cast("Callable[[Call], Call]", generic_api_retry)
+FINAL = (400, 403, 404, 422)
+"""Statuses with which the API refuses to make something, where no retry helps. A token that it doesn't know, 401, may be a new one soon."""
+
+patient = cast("Callable[[Call], Call]", generic_api_retry)
 """Again, a few times, when the API is busy or away."""
 
 QUOTA = re.compile(r"exceeded quota: (.+)")
@@ -36,22 +41,25 @@ QUOTA = re.compile(r"exceeded quota: (.+)")
 def left(operator: Any, context: Context) -> Any:
     """The pod that an earlier try left, running or ended; None when there is none.
 
-    One that is being deleted is waited for. One that does other work, since the code or the inputs changed, is deleted.
+    One that is being deleted is waited for, unless its node is lost and nobody could say when it ends: the stage's claim keeps the two
+    apart. One that does other work, since the code or the inputs changed, is deleted, and so are all but the oldest that do this work.
     """
     for _ in range(2):
         pods = _pods(operator, context)
-        leaving = [p for p in pods if p.metadata.deletion_timestamp]
+        leaving = [p for p in pods if p.metadata.deletion_timestamp and not reason.lost(p)]
         if not leaving:
             break
         for pod in leaving:
-            _await_gone(operator, pod)
-    mine = [p for p in pods if not p.metadata.deletion_timestamp and p.metadata.labels.get(KEY) == operator.labels[KEY]]
+            _await_gone(operator, pod, context)
+    there = [p for p in pods if not p.metadata.deletion_timestamp]
+    mine = [p for p in there if p.metadata.labels.get(KEY) == operator.labels[KEY]]
     mine.sort(key=lambda p: p.metadata.creation_timestamp)
-    for pod in pods:
-        if pod not in mine[:1] and not pod.metadata.deletion_timestamp:
-            operator.log.info("pod %s does other work than this task now asks for: it is deleted", pod.metadata.name)
+    for pod in there:
+        if pod not in mine[:1]:
+            why = "is a second one for this work" if pod in mine else "does other work than this task now asks for"
+            operator.log.info("pod %s %s: it is deleted", pod.metadata.name, why)
             _delete(operator, pod)
-            _await_gone(operator, pod)
+            _await_gone(operator, pod, context)
     if not mine:
         return None
     operator.log.info("pod %s was left by an earlier try and is %s: it is adopted", mine[0].metadata.name, mine[0].status.phase)
@@ -84,18 +92,22 @@ def create(operator: Any, request: Any, context: Context) -> Any:
     return made
 
 
-@_patient
 def events(operator: Any, name: str, namespace: str) -> Sequence[Any]:
     """Events of a pod; none when they can't be read."""
     try:
-        found: Sequence[Any] = operator.client.list_namespaced_event(namespace, field_selector=f"involvedObject.name={name}").items
-    except ApiException as error:
-        operator.log.warning("the pod's events can't be read: %s", error.reason)
+        return _events(operator, name, namespace)
+    except (ApiException, HTTPError) as error:
+        operator.log.warning("the pod's events can't be read: %s", getattr(error, "reason", error))
         return []
+
+
+@patient
+def _events(operator: Any, name: str, namespace: str) -> Sequence[Any]:
+    found: Sequence[Any] = operator.client.list_namespaced_event(namespace, field_selector=f"involvedObject.name={name}").items
     return found
 
 
-@_patient
+@patient
 def _post(operator: Any, request: Any) -> Any:
     body = operator.client.api_client.sanitize_for_serialization(request)
     try:
@@ -112,7 +124,7 @@ def _refused(operator: Any, error: ApiException, context: Context) -> None:
     quota = QUOTA.search(message)
     if error.status == 403 and quota:
         _await_room(operator, quota[1], context)
-    if error.status in (400, 401, 403, 404, 422):
+    if error.status in FINAL:
         raise AirflowFailException(f"the cluster refuses the pod: {error.status} {error.reason}: {message}") from None
     raise AirflowException(f"the cluster didn't make the pod: {error.status} {error.reason}: {message}") from None
 
@@ -122,12 +134,17 @@ def _await_room(operator: Any, quota: str, context: Context) -> None:
 
     if hopeless(quota):
         raise AirflowFailException(f"exceeded quota: {quota}; to do: ask for less in the stage's profile, or for a larger quota") from None
-    waited = (datetime.datetime.now(datetime.UTC) - context["ti"].start_date).total_seconds()
-    if waited + ROOM_S > operator.schedule_timeout_seconds:
+    if waited_s(context) + ROOM_S > operator.schedule_timeout_seconds:
         raise AirflowException(f"no room within {operator.schedule_timeout_seconds} s: exceeded quota: {quota}") from None
     operator.log.info("waits: exceeded quota: %s", quota)
     moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ROOM_S)
     operator.defer(trigger=DateTimeTrigger(moment), method_name="execute")
+
+
+def waited_s(context: Context) -> float:
+    """Seconds since this try of the task began."""
+    began: datetime.datetime = context["ti"].start_date
+    return (datetime.datetime.now(datetime.UTC) - began).total_seconds()
 
 
 def hopeless(quota: str) -> bool:
@@ -145,7 +162,7 @@ def hopeless(quota: str) -> bool:
     return any(parse_quantity(value) > parse_quantity(limited[name]) for name, value in asked.items() if name in limited)
 
 
-@_patient
+@patient
 def _pods(operator: Any, context: Context) -> list[Any]:
     """All pods of this task that no try has dealt with: that of the task state store, and those with its labels."""
     labels = operator._get_ti_pod_labels(context, include_try_number=False)
@@ -178,9 +195,9 @@ def _delete(operator: Any, pod: Any) -> None:
     operator.pod_manager.delete_pod(pod)
 
 
-def _await_gone(operator: Any, pod: Any) -> None:
+def _await_gone(operator: Any, pod: Any, context: Context) -> None:
     """Wait until a pod that is being deleted is gone, at most for its grace period and some seconds."""
-    deadline = time.monotonic() + spec.GRACE_S + 15
+    deadline = time.monotonic() + GRACE_S + 15
     operator.log.info("waits: pod %s of an earlier try is being deleted", pod.metadata.name)
     while time.monotonic() < deadline:
         try:
@@ -190,6 +207,7 @@ def _await_gone(operator: Any, pod: Any) -> None:
             if error.status == 404:
                 return
             raise
+        operator.heed(context)
         time.sleep(0.5)
 
 

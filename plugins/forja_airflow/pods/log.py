@@ -1,4 +1,4 @@
-"""Lines of a pod's log, each told once: a read goes on after the last line that was told, by the node's own clock."""
+"""Lines of a pod's log: a read goes on after the last line that was told, by the node's own clock. A new triggerer tells some again."""
 
 from __future__ import annotations
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from forja_airflow.pods.times import LOST_S
 
 LONGEST = 400
 """Most characters of a reason."""
@@ -57,6 +60,17 @@ def vanished(events: Sequence[Any]) -> str:
     """Why a pod isn't there any more, from the events that it left."""
     told = _newest(e for e in events if e.reason in ENDS)
     return "it was deleted" + (_short(f": {told.reason}: {told.message}") if told else " by somebody, or with its node")
+
+
+def lost(pod: Any) -> bool:
+    """Whether a pod went with its node: its deletion, grace period included, is long over, and nobody saw its container end.
+
+    It stays "Running" for ever, until the node comes back or somebody deletes it by force.
+    """
+    if pod.metadata.deletion_timestamp is None:
+        return False
+    ended = any(c.state and c.state.terminated for c in (pod.status.container_statuses if pod.status else None) or ())
+    return not ended and (datetime.datetime.now(datetime.UTC) - pod.metadata.deletion_timestamp).total_seconds() > LOST_S
 
 
 def last_line(text: str | None) -> str:

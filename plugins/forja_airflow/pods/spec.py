@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Any
 
 from kubernetes.client import models as k8s
 
+from forja.errors import BadInput
 from forja.profiles import Profile
 from forja.recipes.base import Recipe
 from forja.sites import Site
 from forja_airflow import runs
+from forja_airflow.pods.times import GRACE_S, STARTUP_S
 
 SCRATCH = "/tmp"  # noqa: S108 - a volume of the pod's own
 """Folder of the stage's temporary files. It, the cache and /dev/shm are all of the pod that can be written."""
@@ -27,15 +30,20 @@ SAID = "/dev/termination-log"
 USER = 10001
 """User and group of the image's processes."""
 
-STARTUP_S = 600
-"""Seconds from a pod's node to its first process: pulling an image of 9 GB takes minutes."""
-
-GRACE_S = 30
-"""Seconds from SIGTERM to SIGKILL: a stage releases its claim meanwhile."""
+LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+"""Value of a label in Kubernetes."""
 
 
 def pod(profile: Profile, *, site: Site, recipe: Recipe, verb: str) -> dict[str, Any]:
-    """Arguments of PodStageOperator for a profile."""
+    """Arguments of PodStageOperator for a profile.
+
+    Raises:
+        BadInput: a recipe whose name can't be a label, by which its pods are found.
+    """
+    if not LABEL.fullmatch(recipe.name):
+        raise BadInput(
+            "name of a recipe whose stages are pods", value=recipe.name, allowed="a letter or a digit at its end", do="rename the recipe"
+        )
     return {
         "name": f"forja-{recipe.name.replace('_', '-')}-{verb}",
         "namespace": site.tenant(recipe.team).namespace,

@@ -1,4 +1,4 @@
-"""Watches a stage's pod while its task has given its slot back: patient with an API that is away, telling each log line once."""
+"""Watches a stage's pod while its task has given its slot back: patient with an API that is away, and telling its log as it comes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
-from airflow.providers.cncf.kubernetes.utils.pod_manager import AsyncPodManager
+from airflow.providers.cncf.kubernetes.utils.pod_manager import AsyncPodManager, PodLaunchTimeoutException
 from kubernetes_asyncio.client.exceptions import ApiException
 
 from forja_airflow.pods import log, reason
@@ -54,6 +54,7 @@ class Pods(AsyncPodManager):
 
         Raises:
             ApiException: it isn't there, or may not be read.
+            PodLaunchTimeoutException: it is lost with its node; the provider makes the event "timeout" of it, which waits for nothing.
         """
         while True:
             try:
@@ -64,6 +65,8 @@ class Pods(AsyncPodManager):
                 self._say(f"the cluster's API doesn't answer ({type(error).__name__}); the pod goes on without it")
                 await asyncio.sleep(PAUSE_S)
                 continue
+            if reason.lost(found):
+                raise PodLaunchTimeoutException(f"pod {found.metadata.name} was to end long ago, and its node doesn't say that it did")
             self._say(reason.waits(found) if found.status.phase == "Pending" else "")
             return found
 
