@@ -5,14 +5,14 @@ ForjaError
 ├── Refused       a gate or a guard said no, with its numbers                           exit 3
 ├── Conflict      somebody else changed it first; look again and retry                  exit 4
 ├── Unavailable   a service didn't answer; retry later                                  exit 5
-└── Damaged       stored bytes are missing or not what their receipt says               exit 6
+├── Damaged       stored bytes are missing or not what their receipt says               exit 6
+└── kube.ApiError  the Kubernetes API's own error, its status decides:
+                  403 as Refused (3), 409 as Conflict (4), 429 and from 500 as Unavailable (5), any other as BadInput (2)
 
 A message names the thing, the value, what is allowed and what to do. Anything else that escapes is a bug (exit 1).
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 
 class ForjaError(Exception):
@@ -25,8 +25,8 @@ class ForjaError(Exception):
         do: what the reader can do about it.
     """
 
-    exit_code: ClassVar[int] = 1
-    retry: ClassVar[bool] = False
+    exit_code: int = 1
+    retry: bool = False
 
     def __init__(self, thing: str, *, value: object = None, allowed: str = "", do: str = "") -> None:
         self.thing, self.value, self.allowed, self.do = thing, value, allowed, do

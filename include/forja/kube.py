@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forja.errors import BadInput, ForjaError, Unavailable
+from forja.errors import BadInput, Conflict, ForjaError, Refused, Unavailable
 
 Object = dict[str, Any]
 """An object of the API as JSON."""
@@ -55,11 +55,13 @@ TIMEOUT_S = 30.0
 
 
 class ApiError(ForjaError):
-    """The API server answered with an error: its status, reason and message as it gave them."""
+    """The API server answered with an error: its status, reason and message as it gave them, the exit status of what it comes to."""
 
     def __init__(self, what: str, status: int, reason: str, message: str) -> None:
         super().__init__(what, value=f"{status} {reason}", allowed="", do=message)
         self.status, self.reason, self.message = status, reason, message
+        alike: type[ForjaError] = Unavailable if self.passing else {403: Refused, 409: Conflict}.get(status, BadInput)
+        self.exit_code, self.retry = alike.exit_code, alike.retry
 
     @property
     def passing(self) -> bool:

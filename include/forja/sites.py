@@ -9,18 +9,23 @@ import dataclasses
 import ipaddress
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forja.errors import BadInput
 from forja.profiles import Profile
+from forja.recipes.base import STAGES
 from forja.settings import ROOT
 
 SITES = ROOT / "include" / "sites"
+Built = TypeVar("Built")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Names of namespaces and values of labels in Kubernetes (RFC 1123)."""
+RESOURCE = re.compile(r"nvidia\.com/[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+METADATA = tuple(ipaddress.ip_address(a) for a in ("169.254.169.254", "fd00:ec2::254"))
+"""Where clouds hand a machine's credentials to whoever asks from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +76,14 @@ class Allow:
         check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "address", "host:port")
         check(0 < self.port < 65536, "port", "1 to 65535")
         check(bool(self.cidr) != bool(self.namespace), "cidr", "either cidr or namespace")
-        check(not self.cidr or _is_range(self.cidr), "cidr", "an address range like 10.1.2.0/24, never of everything")
+        check(
+            not self.cidr or _is_range(self.cidr),
+            "cidr",
+            "a range like 10.1.2.0/24: /8 or narrower (IPv6: /16), without a cloud's metadata",
+        )
         check(not self.namespace or bool(NAME.fullmatch(self.namespace)), "namespace", "a-z, 0-9 and -, at most 63")
         check(not self.pods or bool(self.namespace), "pods", "labels of pods together with a namespace")
+        check(not self.stage or self.stage in STAGES, "stage", ", ".join(STAGES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +95,20 @@ class Baseline:
     probe_namespace: str = "forja-probe"
     """Namespace without network policies: probes from and to there show that a path works but for a tenant's policies."""
     allow: tuple[Allow, ...] = ()
+    resources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """GPU resources of other names that nodes offer (``nvidia.com/gpu.shared``), and how many of each a tenant may ask for: 0 for none."""
+    ignore: tuple[str, ...] = ()
+    """Resources ``nvidia.com/...`` that nodes offer and that are no GPUs: they need no quota."""
 
     def __post_init__(self) -> None:
+        for name, count in self.resources.items():
+            if not RESOURCE.fullmatch(name) or name == "nvidia.com/gpu" or count < 0:
+                raise BadInput(
+                    "baseline: field resources", value={name: count}, allowed="nvidia.com/NAME = 0 or more, gpu itself by tenant"
+                )
+        for name in self.ignore:
+            if not RESOURCE.fullmatch(name) or name == "nvidia.com/gpu" or name in self.resources:
+                raise BadInput("baseline: field ignore", value=name, allowed="nvidia.com/NAME that is no GPU and isn't in resources")
         if not NAME.fullmatch(self.probe_namespace):
             raise BadInput("baseline: field probe_namespace", value=self.probe_namespace, allowed="a-z, 0-9 and -, at most 63")
         names = [a.name for a in self.allow]
@@ -112,6 +134,11 @@ class Gateway:
     """Whole GPUs of a Triton pod."""
     replicas: int = 1
     """Triton pods of one release."""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "namespace"):
+            if not NAME.fullmatch(getattr(self, field)):
+                raise BadInput(f"gateway: field {field}", value=getattr(self, field), allowed="a-z, 0-9 and -, at most 63")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,46 +190,82 @@ def load_site(name: str, folder: Path = SITES) -> Site:
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
     _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway", "baseline"})
-    defaults = data.get("defaults", {})
-    fields = {f.name for f in dataclasses.fields(Profile)} - {"name"}
-    profiles = {}
-    for key, table in data.get("profiles", {}).items():
-        merged = {**defaults, **table}
-        _only(path, f"profiles.{key}.", merged, fields)
-        lists = {k: tuple(v) for k, v in merged.items() if isinstance(v, list)}
-        profiles[key] = Profile(name=key, **{**merged, **lists})
-    pools = data.get("pools", {})
-    for profile in profiles.values():
-        if profile.pool not in pools:
-            raise BadInput(f"{path}: profiles.{profile.name}.pool", value=profile.pool, allowed=", ".join(sorted(pools)))
-    tenants = {}
-    for team, table in data.get("tenants", {}).items():
-        _only(path, f"tenants.{team}.", table, {f.name for f in dataclasses.fields(Tenant)} - {"team"})
-        tenants[team] = Tenant(team=team, **table)
-    gateway = data.get("gateway")
-    if gateway is not None:
-        _only(path, "gateway.", gateway, {f.name for f in dataclasses.fields(Gateway)})
+    pools, defaults = _table(path, "pools", data.get("pools", {})), _table(path, "defaults", data.get("defaults", {}))
+    for pool, slots in pools.items():
+        _check(path, f"pools.{pool}", slots, "int")
+    profiles, tenants = {}, {}
+    for key, table in _table(path, "profiles", data.get("profiles", {})).items():
+        profiles[key] = _build(path, f"profiles.{key}", Profile, {**defaults, **_table(path, f"profiles.{key}", table)}, name=key)
+        if profiles[key].pool not in pools:
+            raise BadInput(f"{path}: profiles.{key}.pool", value=profiles[key].pool, allowed=", ".join(sorted(pools)))
+    for team, table in _table(path, "tenants", data.get("tenants", {})).items():
+        tenants[team] = _build(path, f"tenants.{team}", Tenant, table, team=team)
     return Site(
-        name=name, pools=pools, profiles=profiles, tenants=tenants, gateway=Gateway(**gateway) if gateway else None,
+        name=name, pools=pools, profiles=profiles, tenants=tenants,
+        gateway=_build(path, "gateway", Gateway, data["gateway"]) if "gateway" in data else None,
         baseline=_baseline(path, data["baseline"]) if "baseline" in data else None,
     )  # fmt: skip
 
 
-def _baseline(path: Path, table: Mapping[str, Any]) -> Baseline:
-    _only(path, "baseline.", table, {f.name for f in dataclasses.fields(Baseline)})
-    for entry in table.get("allow", ()):
-        _only(path, "baseline.allow.", entry, {f.name for f in dataclasses.fields(Allow)})
+def _baseline(path: Path, table: object) -> Baseline:
+    rest = dict(_table(path, "baseline", table))
+    entries = rest.pop("allow", [])
+    if not isinstance(entries, list):
+        raise BadInput(f"{path}: baseline.allow", value=entries, allowed="tables [[baseline.allow]]")
+    return _build(path, "baseline", Baseline, rest, allow=tuple(_build(path, "baseline.allow", Allow, entry) for entry in entries))
+
+
+def _build(path: Path, prefix: str, kind: Callable[..., Built], table: object, **given: object) -> Built:
+    """A table of the file as a dataclass; BadInput names an unknown key, a value of another type, or a key that is missing.
+
+    Args:
+        given: fields that the table doesn't hold.
+    """
+    values = _table(path, prefix, table)
+    fields = {f.name: str(f.type) for f in dataclasses.fields(kind) if f.name not in given}  # type: ignore[arg-type]
+    _only(path, f"{prefix}.", values, set(fields))
+    for key, value in values.items():
+        _check(path, f"{prefix}.{key}", value, fields[key])
     try:
-        return Baseline(**{**table, "allow": tuple(Allow(**entry) for entry in table.get("allow", ()))})
-    except TypeError as error:  # a key is missing
-        raise BadInput(f"{path}: table baseline", value=str(error), allowed="probe_image; for each allow: name, address, port") from None
+        return kind(**given, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise BadInput(f"{path}: table {prefix}", value=str(error), allowed=f"keys {', '.join(sorted(fields))}") from None
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_whole, "a whole number"),
+    "float": (lambda v: _whole(v) or isinstance(v, float), "a number"),
+    "str": (lambda v: isinstance(v, str), "a text"),
+    "bool": (lambda v: isinstance(v, bool), "true or false"),
+    "Mapping[str, int]": (lambda v: isinstance(v, dict) and all(map(_whole, v.values())), "a table of whole numbers"),
+    "Mapping[str, str]": (lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()), "a table of texts"),
+    "tuple[str, ...]": (lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v), "a list of texts"),
+}
+"""What a value must be for a field's annotation, and that in words; other annotations are left to the dataclass itself."""
+
+
+def _check(path: Path, name: str, value: object, annotation: str) -> None:
+    fits, words = TYPES.get(annotation, (lambda _: True, ""))
+    if not fits(value):
+        raise BadInput(f"{path}: {name}", value=value, allowed=words)
+
+
+def _table(path: Path, name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: {name}", value=value, allowed="a table")
+    return value
 
 
 def _is_range(text: str) -> bool:
     try:
-        return ipaddress.ip_network(text).prefixlen > 0
+        found = ipaddress.ip_network(text)
     except ValueError:
         return False
+    return found.prefixlen >= {4: 8, 6: 16}[found.version] and not any(address in found for address in METADATA)
 
 
 def _only(path: Path, prefix: str, table: Mapping[str, object], allowed: set[str]) -> None:

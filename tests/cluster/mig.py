@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import access
 from cluster.kit.places import ROOT, places
 from cluster.mig_manager import simulated_node, wait_until
 
@@ -40,14 +41,17 @@ def state(kube: k8s.Kube, node: str) -> dict[str, Any]:
 
 def probes(kube: k8s.Kube) -> list[str]:
     """Probes that are left behind, those that are ending aside."""
-    found = kube.list("Pod", "forja", labels="forja/probe=mig")
+    found = kube.list("Pod", probe.NAMESPACE, labels="forja/probe=mig")
     return [p["metadata"]["name"] for p in found if not p["metadata"].get("deletionTimestamp")]
 
 
 @pytest.fixture
 def gpu(kube: k8s.Kube) -> Iterator[str]:
     """A simulated node of this test's own."""
-    kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "forja"}}, manager="forja-tests")
+    for manifest in access.documents("mig"):
+        if manifest["kind"] == "Namespace":  # as restricted as administrators make it
+            kube.apply(manifest, manager=access.MANAGER)
+    wait_until(lambda: kube.get("ServiceAccount", "default", probe.NAMESPACE), "the probes' service account")
     name = f"gpu-{secrets.token_hex(4)}"
     kube.create(simulated_node(name))
     wait_until(lambda: _ready(kube, name), f"simulated node {name} is ready")

@@ -15,11 +15,11 @@ from cluster.baseline_site import IMAGE, TEAMS, install
 from cluster.kit.node import Node
 
 from forja import kube as k8s
-from forja.baseline import admission, plan, pods, report
+from forja.baseline import admission, plan, pods, policies, report
 from forja.baseline.probes import CONTROLS, Verdict
 from forja.errors import Refused
 from forja.kube import Kube
-from forja.sites import Site, Tenant
+from forja.sites import Site
 
 PASS, FAIL, OPEN = Verdict.PASS, Verdict.FAIL, Verdict.NOT_PROVEN
 ENFORCE = "pod-security.kubernetes.io/enforce"
@@ -111,6 +111,10 @@ def opened(kube: Kube, ns: str) -> None:
     kube.patch("NetworkPolicy", "forja-models", {"spec": {"ingress": [{"ports": [{"port": 8000}]}]}}, ns)
 
 
+def opened_by_default(direction: str) -> Callable[[Kube, str], object]:
+    return lambda kube, ns: kube.patch("NetworkPolicy", "forja-default-deny", {"spec": {direction: [{}]}}, ns)
+
+
 def dropped(kind: str, name: str) -> Callable[[Kube, str], object]:
     return lambda kube, ns: kube.delete(kind, name, ns)
 
@@ -134,20 +138,26 @@ MUTATIONS: Mapping[str, tuple[tuple[str, str, Mutation], ...]] = {
     "DNS no longer allowed, quota lowered": (
         ("a", "network", dropped("NetworkPolicy", "forja-dns")), ("b", "gpu-quota", quota(gpu="0")),
     ),
+    "all may come in by a rule more, load balancers": (
+        ("a", "network", opened_by_default("ingress")),
+        ("b", "gpu-quota", lambda kube, ns: kube.patch(
+            "ResourceQuota", "forja-objects", {"spec": {"hard": {"services.loadbalancers": None}}}, ns)),
+    ),
+    "all may go out by a rule more": (("b", "network", opened_by_default("egress")),),
 }  # fmt: skip
 
 
-def known(kube: Kube, tenant: Tenant, control: str) -> bool:
+def known(kube: Kube, site: Site, team: str, control: str) -> bool:
     """Whether admission has heard of a change to one of its controls: it works with copies that are a moment old."""
     make = {"pod-security": admission.pod_security, "gpu-quota": admission.gpu_quota}.get(control)
-    return make is None or any(f.verdict is FAIL for f in admission.run(make(kube, tenant, IMAGE), settle_s=0))
+    return make is None or any(f.verdict is FAIL for f in admission.run(make(kube, site, site.tenants[team], IMAGE), settle_s=0))
 
 
 @pytest.mark.parametrize("case", MUTATIONS, ids=str)
 def test_a_control_taken_away_turns_its_verdict_and_only_its(kube: Kube, site: Site, case: str) -> None:
     for team, control, mutate in MUTATIONS[case]:
         mutate(kube, site.tenants[team].namespace)
-        until(lambda team=team, control=control: known(kube, site.tenants[team], control))
+        until(lambda team=team, control=control: known(kube, site, team, control))
     try:
         assert table(report.prove(kube, site)) == red(*((team, control, FAIL) for team, control, _ in MUTATIONS[case]))
     finally:
@@ -172,6 +182,60 @@ def test_a_policy_of_others_opens_everything_and_stays(kube: Kube, site: Site) -
         assert failed(found, "b", "network").isdisjoint({"b release to a model:8000", "b gang to a model:9999"})
     finally:
         kube.delete("NetworkPolicy", "open", namespace)
+
+
+DOORS: Mapping[str, dict[str, Any]] = {
+    "out to any web server": {
+        "policyTypes": ["Egress"],
+        "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 443}]}],
+    },
+    "in on a port that nobody tries": {"policyTypes": ["Ingress"], "ingress": [{"ports": [{"port": 8002}]}]},
+}
+
+
+def test_a_door_that_no_call_tries_is_seen(kube: Kube, site: Site) -> None:
+    for team, (name, spec) in zip(TEAMS, DOORS.items(), strict=True):
+        meta = {"name": f"door-{team}", "namespace": site.tenants[team].namespace, "annotations": {"what": name}}
+        kube.create({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta, "spec": {"podSelector": {}, **spec},
+        })  # fmt: skip
+    try:
+        found = report.prove(kube, site)
+        assert table(found) == red(("a", "network", FAIL), ("b", "network", FAIL))
+        for team in TEAMS:
+            assert failed(found, team, "network") == {policies.NAME}, "no call finds it"
+        said = {f.probe.team: f.answer.said for f in found.findings if f.probe.name == policies.NAME}
+        assert all(f"door-{team} is unknown" in said[team] for team in TEAMS)
+    finally:
+        for team in TEAMS:
+            kube.delete("NetworkPolicy", f"door-{team}", site.tenants[team].namespace)
+
+
+def test_a_quota_that_was_raised_while_gpus_are_in_use_is_seen(kube: Kube, site: Site) -> None:
+    """By as many as are in use: one more than the grant would still be refused."""
+    tenant = site.tenants["a"]
+    pod = admission.restricted_pod("user", tenant.namespace, IMAGE)
+    pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = "2"
+    pod["spec"]["schedulingGates"] = [{"name": "forja.dev/never"}]  # it counts, and needs no GPU
+    kube.create(pod)
+    try:
+        green = {f.verdict for f in admission.run(admission.gpu_quota(kube, site, tenant, IMAGE))}
+        assert green == {PASS}, "in use, and as granted"
+        quota(gpu="4")(kube, tenant.namespace)
+        until(lambda: known(kube, site, "a", "gpu-quota"))
+        found = {f.probe.name: f.verdict for f in admission.run(admission.gpu_quota(kube, site, tenant, IMAGE))}
+        assert {name for name, verdict in found.items() if verdict is FAIL} == {"one more than is left of gpu"}
+    finally:
+        kube.delete("Pod", "user", tenant.namespace, grace_s=0)
+        install(kube, site)
+
+
+def test_a_tenant_that_left_the_site_file_is_told(kube: Kube, site: Site) -> None:
+    fewer = dataclasses.replace(site, tenants={"a": site.tenants["a"]})
+    (line,) = [line for line in plan.left(kube, fewer) if site.tenants["b"].namespace in line]
+    assert "[tenants.b]" in line
+    assert not [line for line in plan.left(kube, site) if site.tenants["b"].namespace in line]
+    assert plan.plan(kube, fewer) == [], "apply goes on"
 
 
 def test_what_is_no_longer_wanted_is_deleted(kube: Kube, site: Site) -> None:

@@ -143,6 +143,12 @@ def test_may_not_act_as_somebody_else(keeper: Watched) -> None:
         Kube(keeper._client).impersonating("admin").get("Namespace", "default")
 
 
+def test_tenants_that_left_are_not_looked_for(site: Site, keeper: Watched) -> None:
+    """It may see a namespace by its name, and list none."""
+    (line,) = plan.left(keeper, site)
+    assert "not looked for" in line
+
+
 def test_a_new_tenant_needs_an_administrator(kube: Kube, keeper: Watched) -> None:
     with baseline_site.listener() as port:
         new = baseline_site.make(port)

@@ -10,12 +10,11 @@ import pytest
 import yaml
 from cluster.kit.places import ROOT
 from cluster.mig import ADMIN, gpu, quick, run_on, space, state
-from cluster.mig_manager import managing
+from cluster.mig_manager import managing, wait_until
 
-from forja import kube as k8s
 from forja.errors import Refused
 from forja.kube import ApiError, Kube
-from forja.mig import whole
+from forja.mig import probe, whole
 
 __all__ = ["gpu", "space"]
 
@@ -74,7 +73,7 @@ def test_each_right_is_needed(kube: Kube, gpu: str, space: str, right: tuple[str
 def _without(right: tuple[str, str, str], user: str) -> Iterator[dict[str, Any]]:
     """The access of a user with all rights but one."""
     for manifest in copy.deepcopy(ACCESS):
-        if manifest["kind"] == "ServiceAccount":
+        if manifest["kind"] in ("ServiceAccount", "Namespace"):
             continue
         manifest["metadata"]["name"] += f"-{user}"
         if "roleRef" in manifest:
@@ -96,6 +95,10 @@ DENIED = [
     ("GET", "/api/v1/namespaces/forja/secrets", None),
     ("GET", "/api/v1/configmaps", None),
     ("POST", "/api/v1/namespaces/{space}/pods", POD),
+    ("POST", "/api/v1/namespaces/forja/pods", POD),
+    ("GET", "/api/v1/namespaces/forja/pods/x", None),
+    ("DELETE", "/api/v1/namespaces/forja/pods/x", None),
+    ("POST", "/api/v1/namespaces/forja-gateway/pods", POD),
     ("GET", "/api/v1/namespaces/{space}/pods/x", None),
     ("DELETE", "/api/v1/namespaces/{space}/pods/x", None),
     ("DELETE", "/api/v1/namespaces/{space}/pods", None),
@@ -108,6 +111,9 @@ DENIED = [
     ("DELETE", "/apis/policy/v1/namespaces/{space}/poddisruptionbudgets/x", None),
     ("POST", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", {"kind": "ClusterRoleBinding", "metadata": {"name": "x"}}),
     ("POST", "/api/v1/namespaces/forja/serviceaccounts/forja-mig/token", {}),
+    ("POST", "/api/v1/namespaces/forja-mig/serviceaccounts/default/token", {}),
+    ("GET", "/api/v1/namespaces/forja-mig/secrets", None),
+    ("PATCH", "/api/v1/namespaces/forja-mig", {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": None}}}),
 ]
 ALLOWED = [
     ("GET", "/api/v1/nodes/{node}", None),
@@ -134,12 +140,30 @@ def _content(method: str) -> str:
     return "application/merge-patch+json" if method == "PATCH" else "application/json"
 
 
-def test_the_probe_passes_the_restricted_standard(kube: Kube, space: str) -> None:
-    """Where the namespace of the platform enforces it, the probe is admitted; a pod that isn't so made is refused there."""
-    from forja.mig import probe
+def test_in_its_own_namespace_only_restricted_pods_start(kube: Kube, account: Kube) -> None:
+    """The probe is admitted; a pod that could take the node is refused, by Pod Security and not by RBAC."""
+    wait_until(lambda: kube.get("ServiceAccount", "default", probe.NAMESPACE), "the namespace's service account")
+    pod = probe.manifest(probe.Probe(), "node1", {"nvidia.com/gpu": 1})
+    assert account.create(pod, dry_run=True)["metadata"]["name"] == "forja-mig-probe-node1"
+    more: list[dict[str, Any]] = [
+        {"securityContext": {}},
+        {"hostPID": True},
+        {"volumes": [{"name": "node", "hostPath": {"path": "/"}}]},
+        {"containers": [{**pod["spec"]["containers"][0], "securityContext": {"privileged": True}}]},
+    ]
+    for spec in more:
+        with pytest.raises(ApiError, match="violates PodSecurity") as refused:
+            account.create({**pod, "spec": {**pod["spec"], **spec}}, dry_run=True)
+        assert refused.value.status == 403
 
-    kube.patch("Namespace", space, {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}})
-    pod = probe.manifest(probe.Probe(namespace=space), "node1", {"nvidia.com/gpu": 1})
-    assert kube.create(pod, dry_run=True)["metadata"]["name"] == "forja-mig-probe-node1"
-    with pytest.raises(k8s.ApiError, match="violates PodSecurity"):
-        kube.create({**pod, "spec": {**pod["spec"], "securityContext": {}}}, dry_run=True)
+
+def test_its_own_namespace_holds_nothing_that_a_pod_could_take(kube: Kube, account: Kube) -> None:
+    """Whoever makes pods in a namespace can act as its service accounts and mount its Secrets."""
+    assert account is not None
+    wait_until(lambda: kube.get("ServiceAccount", "default", probe.NAMESPACE), "the namespace's service account")
+    assert [a["metadata"]["name"] for a in kube.list("ServiceAccount", probe.NAMESPACE)] == ["default"]
+    assert kube.list("Secret", probe.NAMESPACE) == []
+    mine = f"system:serviceaccount:{probe.NAMESPACE}:default"
+    bound = [b["metadata"]["name"] for b in kube.list("RoleBinding") + kube.list("ClusterRoleBinding") for s in b.get("subjects") or []
+             if s["kind"] == "ServiceAccount" and f"system:serviceaccount:{s.get('namespace')}:{s['name']}" == mine]  # fmt: skip
+    assert bound == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -58,6 +59,21 @@ def test_one_witness_is_enough(seen: tuple[Outcome, ...], verdict: Verdict) -> N
     assert judge(probe, answers).verdict is verdict
 
 
+@pytest.mark.parametrize(("path", "verdict"), [(DONE, Verdict.PASS), (NO, Verdict.NOT_PROVEN), (None, Verdict.NOT_PROVEN)])
+def test_a_target_that_is_up_is_not_yet_a_path_that_works(path: Outcome | None, verdict: Verdict) -> None:
+    probe = Probe(team="t", control="network", name="x", refused=True, reason="no answer", witnesses=("up",), also=("path",))
+    answers = {"x": Answer(outcome=NO, said="no answer"), "up": Answer(outcome=DONE, said="ready")}
+    if path:
+        answers["path"] = Answer(outcome=path, said="")
+    assert judge(probe, answers).verdict is verdict
+
+
+def test_a_probe_that_looks_says_itself_what_is_wrong() -> None:
+    probe = Probe(team="t", control="network", name="x", refused=False, reason="differs", wrong="look at them")
+    assert judge(probe, {"x": Answer(outcome=NO, said="differs: y")}).why == "look at them"
+    assert judge(probe, {"x": Answer(outcome=DONE, said="the same")}).why == "it is as it must be"
+
+
 @pytest.mark.parametrize(
     ("verdicts", "together"),
     [
@@ -109,11 +125,25 @@ def test_agent_tells_accepted_from_silent_from_closed(port: int, silent: int, tm
         "a name": ["localhost", 0, "succeeded"],
     }
     agent.main({"calls": calls, "patience_s": 0.5})
-    found = {name: outcome for name, (outcome, _) in json.loads(message.read_text()).items()}
+    told = json.loads(message.read_text())
+    assert "no answer" in told["silent"][1]
+    assert "rejected" in told["closed"][1], "an enforcer that rejects looks like this; whether it was one, the witness shows"
+    found = {name: outcome for name, (outcome, _) in told.items()}
     assert found == {
-        "open": "succeeded", "open, though it must not be": "succeeded", "silent": "refused", "closed": "erred", "no name": "erred",
+        "open": "succeeded", "open, though it must not be": "succeeded", "silent": "refused", "closed": "refused", "no name": "erred",
         "a name": "succeeded",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EACCES])
+def test_agent_tells_what_rejects_by_its_error(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_connection", lambda *_: (_ for _ in ()).throw(OSError(number, "said so")))
+    assert agent.connect("127.0.0.1", 1) == ("refused", "127.0.0.1:1: rejected, said so")
+
+
+def test_agent_takes_no_other_error_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_connection", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+    assert agent.connect("127.0.0.1", 1)[0] == "erred"
 
 
 def test_agent_wants_a_refusal_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +159,22 @@ def test_agent_listens_where_it_is_told() -> None:
         port = free.getsockname()[1]
     threading.Thread(target=agent.listen, args=([port],), daemon=True).start()
     assert agent.call("127.0.0.1", port, "succeeded", 10)[0] == "succeeded"
+
+
+def test_agent_opens_its_first_port_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kubelet asks the first: once it is ready, the others listen too, so that a rejection there is no closed port."""
+    opened: list[int] = []
+
+    class NoThread:
+        def __init__(self, **_: object) -> None:
+            """Never accepts."""
+
+        def start(self) -> None:
+            """Does nothing."""
+
+        join = start
+
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    monkeypatch.setattr(socket, "create_server", lambda address, backlog: opened.append(address[1]))
+    agent.listen([8000, 9999])
+    assert opened == [9999, 8000]

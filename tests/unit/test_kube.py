@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from forja import kube
-from forja.errors import BadInput, Unavailable
+from forja.errors import BY_EXIT_CODE, BadInput, Unavailable
 
 
 def config(folder: Path, server: str) -> Path:
@@ -83,6 +83,13 @@ def test_an_answer_that_breaks_off_is_unavailable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("status", "passing"), [(403, False), (404, False), (409, False), (429, True), (500, True), (503, True)])
 def test_which_errors_may_pass(status: int, passing: bool) -> None:
     assert kube.ApiError("GET /x", status, "Reason", "message").passing is passing
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, 3), (409, 4), (429, 5), (500, 5), (503, 5), (400, 2), (401, 2), (404, 2), (422, 2)])
+def test_exit_statuses(status: int, code: int) -> None:
+    error = kube.ApiError("GET /x", status, "Reason", "message")
+    assert error.exit_code == code
+    assert error.retry is BY_EXIT_CODE[code].retry
 
 
 def test_a_kubeconfig_that_is_no_yaml_is_named(tmp_path: Path) -> None:

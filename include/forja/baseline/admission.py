@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,15 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from forja.baseline import resources
+from forja.baseline import manifests, resources
 from forja.baseline.probes import Answer, Finding, Outcome, Probe, Verdict, judge
 from forja.errors import ForjaError
 from forja.kube import ApiError, Kube, Object
-from forja.sites import Tenant
+from forja.sites import Site, Tenant
 
 SETTLE_S = 5.0
 """Seconds that a call gets to come out as it must: the API server learns of a new label or quota a moment after it was written."""
 THREADS = 2
+
+UNLIMITED = (
+    "a node offers a resource that no quota names, so it is unlimited: name it under resources of [baseline] in the site file, 0 for none, "
+    "or under ignore when it is no GPU"
+)
 
 SECURITY = ("spec", "containers", 0, "securityContext")
 POD_SECURITY: Mapping[str, tuple[tuple[str | int, ...], Any, str]] = {
@@ -85,11 +91,11 @@ def ask(kube: Kube, manifest: Object) -> Answer:
     return Answer(outcome=Outcome.SUCCEEDED, said=f"{what}: accepted", seconds=time.monotonic() - began)
 
 
-def pod_security(kube: Kube, tenant: Tenant, image: str) -> list[Case]:
-    """A pod that meets the standard, and twins that each break it in one way."""
+def pod_security(kube: Kube, site: Site, tenant: Tenant, image: str) -> list[Case]:
+    """A pod that meets the standard of the very version that the baseline pins, and twins that each break it in one way."""
     pod = restricted_pod("forja-probe", tenant.namespace, image)
     good = "a pod that meets the standard"
-    standard = r'violates PodSecurity "restricted:[^"]+": '
+    standard = rf'violates PodSecurity "{re.escape(manifests.standard(site, tenant))}": '
     cases: list[Case] = [(_probe(tenant, "pod-security", good, refused=False, reason=standard), lambda: ask(kube, pod))]
     for name, (path, value, words) in POD_SECURITY.items():
         twin = changed(pod, path, value)
@@ -98,36 +104,47 @@ def pod_security(kube: Kube, tenant: Tenant, image: str) -> list[Case]:
     return cases
 
 
-def gpu_quota(kube: Kube, tenant: Tenant, image: str) -> list[Case]:
+def gpu_quota(kube: Kube, site: Site, tenant: Tenant, image: str) -> list[Case]:
     """What the tenant may ask for and one more; nothing of what it may not; no way around."""
+    baseline, _ = manifests.parts(site)
     pod = restricted_pod("forja-probe", tenant.namespace, image)
     none = "a pod without a GPU"
     limit = r"exceeded quota: .*requests\.nvidia\.com/"
     cases: list[Case] = [(_probe(tenant, "gpu-quota", none, refused=False, reason=limit), lambda: ask(kube, pod))]
-    granted = resources.granted(tenant)
+    granted = resources.granted(tenant, baseline.resources)
     for name, most in granted.items():
         if most:
             cases += _granted(kube, tenant, pod, name, most)
     barred = [name for name, most in granted.items() if not most]
-    over = r"exceeded quota: \S+, requested: .*"
+    cases += [
+        (_probe(tenant, "gpu-quota", "GPU resources that aren't granted", refused=True, reason=limit, witnesses=(none,)),
+         lambda: ask_each(kube, pod, barred)),
+        (_probe(tenant, "gpu-quota", "resources that nodes offer are named", refused=False, reason="unlimited", wrong=UNLIMITED),
+         lambda: ask_nodes(kube, tenant.namespace, baseline.ignore)),
+        *_ways_around(kube, tenant, none),
+    ]  # fmt: skip
+    return [(probe, partial(in_force, kube, tenant.namespace, call)) for probe, call in cases]
+
+
+def _ways_around(kube: Kube, tenant: Tenant, none: str) -> list[Case]:
+    """A GPU that no extended resource counts, and Services that lead to models beside the gateway."""
+    over, inside = r"exceeded quota: \S+, requested: .*", "a Service inside the cluster"
     claim = {
         "apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": {"name": "forja-probe", "namespace": tenant.namespace},
         "spec": {"devices": {"requests": [{"name": "gpu", "exactly": {"deviceClassName": "gpu.nvidia.com"}}]}},
     }  # fmt: skip
-    inside = "a Service inside the cluster"
-    cases += [
-        (_probe(tenant, "gpu-quota", "GPU resources that aren't granted", refused=True, reason=limit, witnesses=(none,)),
-         lambda: ask_each(kube, pod, barred)),
-        (_probe(tenant, "gpu-quota", "resources that nodes offer are named", refused=False, reason="unlimited"),
-         lambda: ask_nodes(kube, tenant.namespace)),
+    return [
         (_probe(tenant, "gpu-quota", "a GPU by a ResourceClaim", refused=True, reason=f"{over}count/resourceclaims", witnesses=(none,)),
          lambda: ask(kube, claim)),
         (_probe(tenant, "gpu-quota", inside, refused=False, reason="exceeded quota: .*services"),
          lambda: ask(kube, _service(tenant, "ClusterIP"))),
         (_probe(tenant, "gpu-quota", "a Service on nodes' ports", refused=True, reason=f"{over}services.nodeports", witnesses=(inside,)),
          lambda: ask(kube, _service(tenant, "NodePort"))),
+        # Without ports of nodes, whose own limit would refuse it first.
+        (_probe(tenant, "gpu-quota", "a Service with a load balancer", refused=True, reason=f"{over}services.loadbalancers",
+                witnesses=(inside,)),
+         lambda: ask(kube, _service(tenant, "LoadBalancer", allocateLoadBalancerNodePorts=False))),
     ]  # fmt: skip
-    return [(probe, partial(in_force, kube, tenant.namespace, call)) for probe, call in cases]
 
 
 def in_force(kube: Kube, namespace: str, call: Call) -> Answer:
@@ -143,26 +160,35 @@ def in_force(kube: Kube, namespace: str, call: Call) -> Answer:
 
 
 def _granted(kube: Kube, tenant: Tenant, pod: Object, name: str, most: int) -> list[Case]:
-    """All that is left of one resource, and one more than there ever is."""
+    """All that is left of one resource, and one more than that."""
     short = name.removeprefix(resources.VENDOR)
     reason = rf"exceeded quota: .*requests\.{re.escape(name)}="
-    fits, over = f"all that is left of {short}", f"{most + 1} of {short}"
+    fits, over = f"all that is left of {short}", f"one more than is left of {short}"
 
-    def left() -> Answer:
+    def beside(more: int, surprise: Outcome) -> Answer:
+        """Ask for what is left and ``more``. A quota in use changes: before a surprise is believed, what is in use is read again."""
         try:
-            quotas = kube.list("ResourceQuota", tenant.namespace)
+            used = _used(kube, tenant.namespace, name)
+            wanted = max(most - used, 0) + more
+            answer = ask(kube, _with(pod, {name: wanted} if wanted else {}))
+            now = _used(kube, tenant.namespace, name) if answer.outcome is surprise else used
         except ForjaError as error:
             return Answer(outcome=Outcome.ERRED, said=str(error))
-        used = max((int((q.get("status") or {}).get("used", {}).get(f"requests.{name}", 0)) for q in quotas), default=0)
-        return ask(kube, _with(pod, {name: most - used} if used < most else {}))
+        said = f"{wanted} of {short} while {used} of {most} are in use: {answer.said}"
+        if now != used:
+            return Answer(outcome=Outcome.ERRED, said=f"use changed meanwhile, {used} -> {now}; {said}")
+        return dataclasses.replace(answer, said=said)
 
     return [
-        (_probe(tenant, "gpu-quota", fits, refused=False, reason=reason), left),
-        (
-            _probe(tenant, "gpu-quota", over, refused=True, reason=reason, witnesses=(fits,)),
-            lambda: ask(kube, _with(pod, {name: most + 1})),
-        ),
+        (_probe(tenant, "gpu-quota", fits, refused=False, reason=reason), lambda: beside(0, Outcome.REFUSED)),
+        (_probe(tenant, "gpu-quota", over, refused=True, reason=reason, witnesses=(fits,)), lambda: beside(1, Outcome.SUCCEEDED)),
     ]
+
+
+def _used(kube: Kube, namespace: str, name: str) -> int:
+    """How many of a resource the namespace's pods have asked for, as its quotas count them."""
+    quotas = kube.list("ResourceQuota", namespace)
+    return max((int((q.get("status") or {}).get("used", {}).get(f"requests.{name}", 0)) for q in quotas), default=0)
 
 
 def ask_each(kube: Kube, pod: Object, names: Iterable[str]) -> Answer:
@@ -184,11 +210,11 @@ def ask_each(kube: Kube, pod: Object, names: Iterable[str]) -> Answer:
     return Answer(outcome=Outcome.REFUSED, said=first)
 
 
-def ask_nodes(kube: Kube, namespace: str) -> Answer:
-    """Whether a quota of the namespace names every GPU resource that a node offers."""
+def ask_nodes(kube: Kube, namespace: str, ignored: Iterable[str] = ()) -> Answer:
+    """Whether a quota of the namespace names every GPU resource that a node offers, but those that the site file says are none."""
     try:
         quotas = kube.list("ResourceQuota", namespace)
-        found = resources.unnamed(kube.list("Node"), [key for q in quotas for key in q["spec"].get("hard") or {}])
+        found = resources.unnamed(kube.list("Node"), [key for q in quotas for key in q["spec"].get("hard") or {}], ignored)
     except ForjaError as error:
         return Answer(outcome=Outcome.ERRED, said=str(error))
     if not found:
@@ -213,8 +239,8 @@ def run(cases: list[Case], settle_s: float = SETTLE_S) -> list[Finding]:
             time.sleep(0.5)
 
 
-def _probe(tenant: Tenant, control: str, name: str, *, refused: bool, reason: str, witnesses: tuple[str, ...] = ()) -> Probe:
-    return Probe(team=tenant.team, control=control, name=name, refused=refused, reason=reason, witnesses=witnesses)
+def _probe(tenant: Tenant, control: str, name: str, *, refused: bool, reason: str, **more: Any) -> Probe:
+    return Probe(team=tenant.team, control=control, name=name, refused=refused, reason=reason, **more)
 
 
 def _with(pod: Object, wanted: Mapping[str, int]) -> Object:
@@ -222,8 +248,8 @@ def _with(pod: Object, wanted: Mapping[str, int]) -> Object:
     return changed(pod, ("spec", "containers", 0, "resources", "limits"), limits)
 
 
-def _service(tenant: Tenant, kind: str) -> Object:
+def _service(tenant: Tenant, kind: str, **more: Any) -> Object:
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "forja-probe", "namespace": tenant.namespace},
-        "spec": {"type": kind, "selector": {"app": "none"}, "ports": [{"port": 80}]},
+        "spec": {"type": kind, "selector": {"app": "none"}, "ports": [{"port": 80}], **more},
     }  # fmt: skip

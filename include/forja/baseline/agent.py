@@ -7,6 +7,7 @@ message: ``{"<call>": [outcome, what was seen]}``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -18,16 +19,19 @@ from typing import Any
 CONNECT_S = 1.5
 """A connection that gets no answer in this time is dropped: the kernel sends its first packet again after one second."""
 
+REJECTED = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EACCES)
+"""How enforcers that answer refuse. A closed port looks like the first, so this counts only where a witness shows that somebody listens."""
+
 
 def listen(ports: list[int]) -> None:
-    """Accept whatever comes, for ever."""
+    """Accept whatever comes, for ever; the first port opens last, so that whoever reaches it knows that all are open."""
 
-    def serve(port: int) -> None:
-        server = socket.create_server(("", port), backlog=64)
+    def serve(server: socket.socket) -> None:
         while True:
             server.accept()[0].close()
 
-    threads = [threading.Thread(target=serve, args=(port,)) for port in ports]
+    servers = [socket.create_server(("", port), backlog=64) for port in reversed(ports)]
+    threads = [threading.Thread(target=serve, args=(server,)) for server in servers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -35,7 +39,7 @@ def listen(ports: list[int]) -> None:
 
 
 def connect(host: str, port: int) -> tuple[str, str]:
-    """One connection, or with port 0 one question to DNS: whether it was answered, got no answer, or failed otherwise."""
+    """One connection, or with port 0 one question to DNS: whether it was answered, got no answer or was rejected, or failed otherwise."""
     began = time.monotonic()
     try:
         address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]
@@ -51,6 +55,8 @@ def connect(host: str, port: int) -> tuple[str, str]:
     except TimeoutError:
         return "refused", f"{where}: no answer in {CONNECT_S} s"
     except OSError as error:
+        if error.errno in REJECTED:
+            return "refused", f"{where}: rejected, {error.strerror}"
         return "erred", f"{where}: {error.strerror or error}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from forja.baseline import resources
 from forja.errors import BadInput
 from forja.kube import Object
+from forja.mig.probe import NAMESPACE as MIG
 from forja.settings import ROOT
 from forja.sites import Allow, Baseline, Gateway, Site, Tenant
 
@@ -36,7 +37,7 @@ def render(site: Site, tenant: Tenant) -> list[Object]:
     baseline, gateway = parts(site)
     values = {
         "namespace": tenant.namespace, "team": tenant.team, "gateway": gateway.namespace,
-        "gpus": {f"requests.{name}": str(count) for name, count in resources.granted(tenant).items()},
+        "gpus": {f"requests.{name}": str(count) for name, count in resources.granted(tenant, baseline.resources).items()},
         "platform": [rule(a) for a in baseline.allow if not a.stage],
     }  # fmt: skip
     found = [fill(document, values, file) for file in FILES for document in _documents(FOLDER / file)]
@@ -59,13 +60,21 @@ def parts(site: Site) -> tuple[Baseline, Gateway]:
                 do=f"set FORJA_SITE, or add {name} to include/sites/{site.name}.toml",
             )  # fmt: skip
     assert site.baseline is not None and site.gateway is not None  # noqa: S101, PT018 - the loop has seen to it
-    names = [PLATFORM, site.gateway.namespace, site.baseline.probe_namespace, *(t.namespace for t in site.tenants.values())]
+    names = [PLATFORM, MIG, site.gateway.namespace, site.baseline.probe_namespace, *(t.namespace for t in site.tenants.values())]
     shared = sorted({name for name in names if names.count(name) > 1})
     if shared:
         raise BadInput(
-            f"namespaces of site {site.name}", value=", ".join(shared), allowed="one for each tenant, the gateway and the probes"
+            f"namespaces of site {site.name}",
+            value=", ".join(shared),
+            allowed="one for each tenant, the gateway, the probes and Forja itself",
         )
     return site.baseline, site.gateway
+
+
+def standard(site: Site, tenant: Tenant) -> str:
+    """Pod Security Standard that is enforced, with its version, as refusals name it: ``restricted:v1.36``."""
+    labels = next(o for o in render(site, tenant) if o["kind"] == "Namespace")["metadata"]["labels"]
+    return ":".join(str(labels[f"pod-security.kubernetes.io/{key}"]) for key in ("enforce", "enforce-version"))
 
 
 def tenants(site: Site, team: str = "") -> list[Tenant]:

@@ -3,6 +3,8 @@
 Each tenant gets two pods that listen, one as Triton's and a gang's, one as nobody's, and two that call, as the release stage's and as a
 gang member's. A pod in the gateway's namespace and one in a namespace without policies call them all. Traffic into a tenant comes from
 where nothing holds it back, traffic out of it goes where nothing keeps it out, so each tenant's verdict is about its own policies.
+That nothing does is shown too: who calls from outside must get somewhere beyond its own namespace, and what is called elsewhere must be
+reached from another namespace.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ RELEASE = {"forja/stage": "release"}
 
 DROPPED = "no answer"
 """How the agent words a connection that nothing answered."""
+REJECTED = f"{DROPPED}|rejected"
+"""The same, or that an enforcer answered with a rejection; the witness shows that it was no closed port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +123,24 @@ def scene(site: Site, teams: Sequence[str]) -> Scene:
         Call(client=outside, host=DNS, port=0, refused=False),
     ]
     witnesses += [_to(outside, allow, refused=False) for allow in baseline.allow]
+    witnesses.append(_dial(front, elsewhere, MODEL_PORT))
+    beyond = tuple(_to(outside, a, refused=False).name for a in baseline.allow if a.namespace != outside.namespace) or (witnesses[1].name,)
     calls, probes = {c.name: c for c in witnesses}, list[Probe]()
     for team in teams:
         mine, index = places[team], order.index(team)
         pairs = [*_inwards(mine, front, outside), *_outwards(mine, outside, elsewhere, baseline.allow)]
+        also = {outside: beyond, mine.gang: (witnesses[-1].name,), mine.release: (witnesses[-1].name,)}
         if len(order) > 1:
             pairs += _across(mine, places[order[(index + 1) % len(order)]], front)
         for call, seen in pairs:
             calls[call.name] = call
-            probes.append(
-                Probe(team=team, control="network", name=call.name, refused=call.refused, reason=DROPPED, witnesses=seen)
-            )  # fmt: skip
+            ours, needs_path = isinstance(call.host, Server), call.refused and (call.client == outside or call.host == elsewhere)
+            probes.append(Probe(
+                team=team, control="network", name=call.name, refused=call.refused, witnesses=seen,
+                # What must be reached and is no pod of ours may have gone down since its witness reached it.
+                reason=REJECTED if call.refused or ours else DROPPED,
+                also=also[call.client] if needs_path else (),
+            ))  # fmt: skip
     # What a probe's witness is, has to be called too, also of a neighbour that isn't asked about.
     for other in places.values():
         for call in (_dial(front, other.model, MODEL_PORT), _dial(other.gang, other.model, OTHER_PORT)):

@@ -81,6 +81,31 @@ def plan(kube: Kube, site: Site, team: str = "", *, adopt: bool = False) -> list
     return changes
 
 
+def left(kube: Kube, site: Site) -> list[str]:
+    """Namespaces that the baseline was applied to for tenants that the site file doesn't have any more: one line each, with what to do.
+
+    Nobody keeps them, and they keep their labels and rights. The account of the DAG may not list namespaces: then the one line says so.
+
+    Raises:
+        ApiError, Unavailable: the API server's, other than a 403.
+    """
+    try:
+        found = kube.list("Namespace", labels=TENANT)
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return [
+            "! tenants that left the site file: not looked for, since this account may not list namespaces; an administrator's plan does"
+        ]
+    here = {t.namespace for t in site.tenants.values()}
+    old = [(n["metadata"]["name"], n["metadata"]["labels"][TENANT]) for n in found if n["metadata"]["name"] not in here and ours(n)]
+    return [
+        f"! Namespace {name}: no tenant of site {site.name} has it, and nobody keeps its baseline: put [tenants.{team}] back as it was, "
+        f"run ./forja baseline remove --tenant {team}, and take it out again; or delete the namespace"
+        for name, team in old
+    ]
+
+
 def apply(kube: Kube, changes: Sequence[Change]) -> None:
     """Do what a plan says.
 

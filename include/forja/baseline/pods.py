@@ -134,10 +134,11 @@ def _pod(name: str, namespace: str, labels: Mapping[str, str], proof: str, image
 
 
 def _start(kube: Kube, pool: ThreadPoolExecutor, manifests: list[Object], made: list[Wanted]) -> list[Wanted]:
-    """Create pods; those that were are added to ``made``."""
+    """Create pods; all are added to ``made`` first, since one whose answer was lost may be there."""
 
     def create(manifest: Object) -> Wanted:
         wanted, deadline = Wanted(manifest=manifest), time.monotonic() + PATIENCE_S
+        made.append(wanted)
         while True:
             try:
                 kube.create(manifest)
@@ -147,7 +148,6 @@ def _start(kube: Kube, pool: ThreadPoolExecutor, manifests: list[Object], made: 
                     return Wanted(manifest=manifest, problem=str(error))
                 time.sleep(0.3)
             else:
-                made.append(wanted)
                 return wanted
 
     return list(pool.map(create, manifests))

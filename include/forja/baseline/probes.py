@@ -28,7 +28,7 @@ class Outcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     REFUSED = "refused"
-    """The API server said no, or a connection got no answer within its time."""
+    """The API server said no, or a connection got no answer within its time or was rejected."""
     ERRED = "erred"
     """Anything else: the call says nothing about the control."""
 
@@ -48,6 +48,10 @@ class Probe:
     witnesses: tuple[str, ...] = ()
     """Names of calls of which one at least must have succeeded, or a refusal says nothing: the twin, or whoever shows that the target
     is up and the path works."""
+    also: tuple[str, ...] = ()
+    """When there are any, of these too one must have succeeded: they show that the path works where the witnesses show only the target."""
+    wrong: str = ""
+    """Of a probe that only looks: what it means when it doesn't pass, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ def judge(probe: Probe, answers: Mapping[str, Answer]) -> Finding:
         answers: of all calls, by name; one that isn't there was not called.
     """
     answer = answers.get(probe.name, MISSING)
-    seen = [w for w in probe.witnesses if answers.get(w, MISSING).outcome is Outcome.SUCCEEDED]
+    seen, path = ([w for w in names if answers.get(w, MISSING).outcome is Outcome.SUCCEEDED] for names in (probe.witnesses, probe.also))
     by_control = answer.outcome is Outcome.REFUSED and bool(re.search(probe.reason, answer.said))
 
     def found(verdict: Verdict, why: str) -> Finding:
@@ -90,16 +94,16 @@ def judge(probe: Probe, answers: Mapping[str, Answer]) -> Finding:
     if answer.outcome is Outcome.ERRED:
         return found(Verdict.NOT_PROVEN, "the probe itself failed")
     if answer.outcome is Outcome.SUCCEEDED:
-        return found(Verdict.FAIL, "it got through") if probe.refused else found(Verdict.PASS, "it got through, as it must")
+        through = "it is as it must be" if probe.wrong else "it got through, as it must"
+        return found(Verdict.FAIL, "it got through") if probe.refused else found(Verdict.PASS, through)
     if not by_control:
         return found(Verdict.NOT_PROVEN, "it was refused for another reason")
-    if probe.witnesses and not seen:
-        return found(
-            Verdict.NOT_PROVEN, f"it was refused, but so was, or failed, all that should get through: {'; '.join(probe.witnesses)}"
-        )
+    for names, ok in ((probe.witnesses, seen), (probe.also, path)):
+        if names and not ok:
+            return found(Verdict.NOT_PROVEN, f"it was refused, but so was, or failed, all that should get through: {'; '.join(names)}")
     if probe.refused:
         return found(Verdict.PASS, f"refused, while this got through: {seen[0]}" if seen else "refused")
-    return found(Verdict.FAIL, "the control refuses what it must let through")
+    return found(Verdict.FAIL, probe.wrong or "the control refuses what it must let through")
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

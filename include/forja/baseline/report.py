@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from forja.baseline import admission, manifests, network, pods
+from forja.baseline import admission, manifests, network, pods, policies
 from forja.baseline.probes import CONTROLS, Finding, Verdict, judge, worst
 from forja.errors import ForjaError
 from forja.kube import Kube
@@ -84,7 +84,8 @@ def prove(kube: Kube, site: Site, team: str = "", *, image: str = "") -> Report:
     chosen = manifests.tenants(site, team)
     image = image or baseline.probe_image
     scene = network.scene(site, [t.team for t in chosen])
-    asked = [make for t in chosen for make in (admission.pod_security(kube, t, image), admission.gpu_quota(kube, t, image))]
+    asked = [make(kube, site, t, image) for t in chosen for make in (admission.pod_security, admission.gpu_quota)]
+    asked += [policies.cases(kube, site, t) for t in chosen]
     with ThreadPoolExecutor(1 + len(asked)) as pool:
         dialled = pool.submit(pods.run, kube, scene, image)
         admitted = [finding for findings in pool.map(admission.run, asked) for finding in findings]

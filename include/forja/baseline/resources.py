@@ -27,20 +27,25 @@ def mig_resources() -> list[str]:
     return sorted({p.resource for gpu in tables.GPUS.values() for p in gpu.profiles.values()} | {tables.resource(p) for p in SPELLINGS})
 
 
-def granted(tenant: Tenant) -> dict[str, int]:
-    """How many of each GPU resource a tenant may ask for; 0 of those that the site file doesn't grant."""
+def granted(tenant: Tenant, more: Mapping[str, int]) -> dict[str, int]:
+    """How many of each GPU resource a tenant may ask for; 0 of those that the site file doesn't grant.
+
+    Args:
+        more: of every tenant, by other names that this site's nodes use: ``resources`` of the site file's baseline.
+    """
     mine = {tables.resource(profile): count for profile, count in tenant.mig.items()}
-    return {GPU: tenant.gpus, **dict.fromkeys(mig_resources(), 0), **mine}
+    return {GPU: tenant.gpus, **dict.fromkeys(mig_resources(), 0), **more, **mine}
 
 
-def unnamed(nodes: Iterable[Mapping[str, Any]], named: Iterable[str]) -> dict[str, list[str]]:
+def unnamed(nodes: Iterable[Mapping[str, Any]], named: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, list[str]]:
     """GPU resources that nodes offer and no quota names, so that they are unlimited: the nodes that offer each.
 
     Args:
         nodes: Node objects.
         named: keys of a quota, ``requests.nvidia.com/gpu`` for example.
+        ignored: resources that are no GPUs.
     """
-    known, found = set(named), dict[str, list[str]]()
+    known, found = {*named, *(f"requests.{name}" for name in ignored)}, dict[str, list[str]]()
     for node in nodes:
         for name in (node.get("status") or {}).get("allocatable") or {}:
             if name.startswith(VENDOR) and f"requests.{name}" not in known:

@@ -1,19 +1,20 @@
-"""The commands of the security baseline: baseline assert, plan, apply and remove. The cluster is the one of KUBECONFIG."""
+"""The commands of the security baseline: baseline assert, plan, apply and remove."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forja.settings import Settings
+from forja.cli import cluster
+from forja.cli.cluster import Context, Json, Kubeconfig, connect
 
 if TYPE_CHECKING:
     from forja.sites import Site
 
 Team = Annotated[str, typer.Option("--tenant", help="Of this team only; of all when left out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Adopt = Annotated[bool, typer.Option("--adopt", help="Take over objects of the same names that somebody else made.")]
 
 
@@ -31,16 +32,17 @@ def prove(
     tenant: Team = "",
     image: Annotated[str, typer.Option("--probe-image", help="Image of the probes' pods, with python3.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the probes that passed too.")] = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = "",
     json_: Json = False,
 ) -> None:
     """Exit status 0 only when every control passes; 3 otherwise."""
-    from forja import kube
     from forja.baseline import report
     from forja.baseline.probes import Verdict
     from forja.errors import Refused
 
     site = _site()
-    found = report.prove(kube.connect(), site, tenant, image=image)
+    found = report.prove(connect(kubeconfig, context), site, tenant, image=image)
     if json_:
         print(json.dumps(found.facts()))
     else:
@@ -54,10 +56,11 @@ def plan(
     tenant: Team = "",
     adopt: Adopt = False,
     yaml: Annotated[bool, typer.Option("--yaml", help="Print the objects as they would be applied; asks no cluster.")] = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = "",
     json_: Json = False,
 ) -> None:
     """Print the difference between the baseline and the cluster."""
-    from forja import kube
     from forja.baseline import manifests
     from forja.baseline import plan as plans
 
@@ -68,31 +71,35 @@ def plan(
         objects = [o for t in manifests.tenants(site, tenant) for o in manifests.render(site, t)]
         print(safe_dump_all(objects, sort_keys=False), end="")
         return
-    _show(plans.plan(kube.connect(), site, tenant, adopt=adopt), json_)
+    kube = connect(kubeconfig, context)
+    _show(plans.plan(kube, site, tenant, adopt=adopt), json_)
+    # Beside the changes, not among the changes: nothing here does anything about them.
+    for line in [] if tenant else plans.left(kube, site):
+        print(line, file=sys.stderr if json_ else sys.stdout)
 
 
-def apply(tenant: Team = "", adopt: Adopt = False, json_: Json = False) -> None:
+def apply(tenant: Team = "", adopt: Adopt = False, kubeconfig: Kubeconfig = None, context: Context = "", json_: Json = False) -> None:
     """Apply the plan, and print it."""
-    from forja import kube
     from forja.baseline import plan as plans
 
-    site, cluster = _site(), kube.connect()
-    changes = plans.plan(cluster, site, tenant, adopt=adopt)
-    plans.apply(cluster, changes)
+    site, kube = _site(), connect(kubeconfig, context)
+    changes = plans.plan(kube, site, tenant, adopt=adopt)
+    plans.apply(kube, changes)
     _show(changes, json_)
 
 
 def remove(
     tenant: Team = "",
     namespaces: Annotated[bool, typer.Option("--namespaces", help="Delete the tenants' namespaces too, with all that is in them.")] = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = "",
     json_: Json = False,
 ) -> None:
     """Remove, and print what was removed."""
-    from forja import kube
     from forja.baseline import plan as plans
 
     site = _site()
-    gone = plans.remove(kube.connect(), site, tenant, namespaces=namespaces)
+    gone = plans.remove(connect(kubeconfig, context), site, tenant, namespaces=namespaces)
     if json_:
         print(json.dumps({"removed": gone}))
     else:
@@ -102,9 +109,8 @@ def remove(
 def _site() -> Site:
     """The site of FORJA_SITE; BadInput when it has nothing to secure."""
     from forja.baseline import manifests
-    from forja.sites import load_site
 
-    site = load_site(Settings.from_env().site)
+    site = cluster.site()
     manifests.parts(site)
     return site
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from forja.cli import cluster
+from forja.cli.cluster import Context, Json, Kubeconfig, connect
 from forja.errors import BadInput
 
 if TYPE_CHECKING:
@@ -17,10 +20,8 @@ if TYPE_CHECKING:
     from forja.mig.node import Node
     from forja.mig.planner import Layout
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 GpuName = Annotated[str, typer.Option("--gpu", help="Name of a GPU, for example h100-80.")]
 NodeName = Annotated[str, typer.Option("--node", help="Name of a node of the cluster.")]
-Config = Annotated[Path | None, typer.Option("--kubeconfig", help="Instead of KUBECONFIG or ~/.kube/config.")]
 File = Annotated[Path | None, typer.Option("--layouts", help="Layouts that the cluster's mig-manager knows; k8s/mig/layouts.yaml.")]
 Picture = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the memory slices.")]
 Wanted = Annotated[list[str] | None, typer.Argument(metavar="[PROFILE=COUNT... | LAYOUT]")]
@@ -39,11 +40,11 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    wanted: Wanted = None, gpu: GpuName = "", node: NodeName = "", svg: Picture = None, layouts: File = None, kubeconfig: Config = None,
-    json_: Json = False,
+    wanted: Wanted = None, gpu: GpuName = "", node: NodeName = "", svg: Picture = None, layouts: File = None,
+    kubeconfig: Kubeconfig = None, context: Context = "", json_: Json = False,
 ) -> None:  # fmt: skip
     """Plan one GPU from instances, or a node from a layout."""
-    bars = _bars(wanted or [], gpu, node, layouts, kubeconfig)
+    bars = _bars(wanted or [], gpu, node, layouts, lambda: connect(kubeconfig, context))
     if bars is None:
         if svg:
             raise BadInput("picture of no instances", value=str(svg), allowed="--svg with PROFILE=COUNT or a layout")
@@ -69,8 +70,10 @@ def _draw(path: Path, picture: str) -> None:
         raise BadInput("file of the picture", value=str(path), allowed=f"a file that can be written ({error.strerror})") from None
 
 
-def _bars(words: list[str], gpu: str, node: str, file: Path | None, kubeconfig: Path | None) -> tuple[str, list[tuple[str, Layout]]] | None:
-    """Title and layouts to show; None when nothing is asked for but what a GPU can do."""
+def _bars(
+    words: list[str], gpu: str, node: str, file: Path | None, reach: Callable[[], Kube]
+) -> tuple[str, list[tuple[str, Layout]]] | None:
+    """Title and layouts to show; None when nothing is asked for but what a GPU can do. The cluster is asked about nodes alone."""
     from forja.mig import layouts, planner, tables
     from forja.mig import node as nodes
 
@@ -85,7 +88,7 @@ def _bars(words: list[str], gpu: str, node: str, file: Path | None, kubeconfig: 
             entry = layouts.of_gpus(words[0], layouts.pick(known, words[0]), kind, 1)[0]
             return f"{gpu}: {words[0]}", [(gpu if entry.enabled else f"{gpu}, whole", planner.plan(kind, entry.instances))]
         return gpu, [(gpu, planner.plan(kind, _counts(words)))]
-    found, known = nodes.look(_kube(kubeconfig), node), layouts.load(file) if file else layouts.load()
+    found, known = nodes.look(reach(), node), layouts.load(file) if file else layouts.load()
     name = words[0] if len(words) == 1 else ""
     return f"{found.title}: {name}", nodes.bars(found, name, known)
 
@@ -145,7 +148,8 @@ def diff(
     current: Annotated[str, typer.Option("--from", metavar="PROFILE:START,...", help="What is on the GPU now.")] = "",
     node: NodeName = "",
     layouts: File = None,
-    kubeconfig: Config = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = "",
     json_: Json = False,
 ) -> None:
     """Compare a GPU's instances with wanted ones, or a node with a layout."""
@@ -154,7 +158,7 @@ def diff(
     if bool(gpu) == bool(node):
         raise BadInput("what to compare", value={"gpu": gpu, "node": node}, allowed="either --gpu or --node")
     if node:
-        _diff_node(node, (wanted or [""])[0], layouts, kubeconfig, json_)
+        _diff_node(connect(kubeconfig, context), node, (wanted or [""])[0], layouts, json_)
         return
     kind = tables.gpu(gpu)
     found = planner.difference(planner.placed(kind, [p for p in current.split(",") if p]), _counts(wanted or []))
@@ -169,12 +173,11 @@ def diff(
         print(f"  {planner.Layout(gpu=kind, instances=found.create).command}")
 
 
-def _diff_node(name: str, layout: str, file: Path | None, kubeconfig: Path | None, json_: bool) -> None:
+def _diff_node(kube: Kube, name: str, layout: str, file: Path | None, json_: bool) -> None:
     from forja.mig import drain, layouts
     from forja.mig import node as nodes
 
-    kube, known = _kube(kubeconfig), layouts.load(file) if file else layouts.load()
-    found = nodes.look(kube, name)
+    known, found = layouts.load(file) if file else layouts.load(), nodes.look(kube, name)
     pods = [drain.name(p) for p in drain.victims(nodes.pods_on(kube, name))]
     why, offer = nodes.differs(found, layout, known), nodes.wanted(found, layout, known)
     if json_:
@@ -189,12 +192,14 @@ def _diff_node(name: str, layout: str, file: Path | None, kubeconfig: Path | Non
         print(f"  pods that must go: {', '.join(pods) or 'none'}")
 
 
-def assert_(layout: Named, node: NodeName, layouts: File = None, kubeconfig: Config = None, json_: Json = False) -> None:
+def assert_(
+    layout: Named, node: NodeName, layouts: File = None, kubeconfig: Kubeconfig = None, context: Context = "", json_: Json = False
+) -> None:
     """Say whether a layout is in force."""
     from forja.mig import layouts as files
     from forja.mig import node as nodes
 
-    found = nodes.look(_kube(kubeconfig), node)
+    found = nodes.look(connect(kubeconfig, context), node)
     why = nodes.differs(found, layout, files.load(layouts) if layouts else files.load())
     if json_:
         print(json.dumps({**_about(found), "layout": layout, "in_force": not why, "differs": why}))
@@ -204,7 +209,7 @@ def assert_(layout: Named, node: NodeName, layouts: File = None, kubeconfig: Con
 
 
 def apply(
-    layout: Named, node: NodeName, layouts: File = None, kubeconfig: Config = None,
+    layout: Named, node: NodeName, layouts: File = None, kubeconfig: Kubeconfig = None, context: Context = "",
     everything: Annotated[bool, typer.Option("--everything", help="Drain all pods: for nodes that mig-manager may reboot.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Drain pods that nothing starts again, too.")] = False,
     json_: Json = False,
@@ -213,7 +218,7 @@ def apply(
     from forja.mig import node as nodes
     from forja.mig import whole
 
-    kube = _kube(kubeconfig)
+    kube = connect(kubeconfig, context)
     with whole.holder(node) as holder:
         change = _change(node, layout, holder, layouts, everything=everything, force=force)
         outcome = whole.make(kube, change, _say)
@@ -221,13 +226,13 @@ def apply(
     print(json.dumps({**_about(found), "layout": layout, "outcome": outcome}) if json_ else f"{found.title}: {layout}: {outcome}")
 
 
-def revert(node: NodeName, layouts: File = None, kubeconfig: Config = None, json_: Json = False) -> None:
+def revert(node: NodeName, layouts: File = None, kubeconfig: Kubeconfig = None, context: Context = "", json_: Json = False) -> None:
     """Take back a change whose process died."""
     from forja.mig import node as nodes
     from forja.mig import revert as back
     from forja.mig import whole
 
-    kube = _kube(kubeconfig)
+    kube = connect(kubeconfig, context)
     with whole.holder(node) as holder:
         done = back.revert(kube, _change(node, "", holder, layouts), _say, adopt=True)
     outcome = "reverted" if done else "nothing to take back"
@@ -237,10 +242,8 @@ def revert(node: NodeName, layouts: File = None, kubeconfig: Config = None, json
 def _change(node: str, layout: str, holder: str, file: Path | None, **options: bool) -> Change:
     from forja.mig import layouts, probe
     from forja.mig.change import Change, Times
-    from forja.settings import Settings
-    from forja.sites import load_site
 
-    known, pod = layouts.load(file) if file else layouts.load(), probe.Probe.of_site(load_site(Settings.from_env().site))
+    known, pod = layouts.load(file) if file else layouts.load(), probe.Probe.of_site(cluster.site())
     return Change(node=node, layout=layout, holder=holder, known=known, times=Times.from_env(), probe=pod, **options)
 
 
@@ -250,9 +253,3 @@ def _about(node: Node) -> dict[str, Any]:
 
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-
-
-def _kube(kubeconfig: Path | None) -> Kube:
-    from forja import kube
-
-    return kube.connect(kubeconfig)

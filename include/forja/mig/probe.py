@@ -12,6 +12,8 @@ from forja.kube import Kube, Object
 from forja.sites import Site
 
 SCRIPT = "import os; print(os.environ.get('NVIDIA_VISIBLE_DEVICES', 'no variable NVIDIA_VISIBLE_DEVICES'))"
+NAMESPACE = "forja-mig"
+"""Where the pod lives, alone: whoever makes pods in a namespace can act as any of its service accounts and mount its Secrets."""
 POLL_S = 0.5
 """Seconds between two looks."""
 
@@ -22,7 +24,7 @@ class Probe:
 
     image: str = "forja/control:0.1.0"
     """An image with Python."""
-    namespace: str = "forja"
+    namespace: str = NAMESPACE
 
     @classmethod
     def of_site(cls, site: Site) -> Probe:
