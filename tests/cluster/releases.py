@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import yaml
 from cluster import access
 from cluster.kit.places import ROOT
@@ -18,7 +20,9 @@ from integration.releases import MODEL, Serving
 from forja import kube as k8s
 from forja.baseline import plan
 from forja.kube import Kube, Object
-from forja.sites import Site
+from forja.serving.router import Route
+from forja.sites import Site, load_site
+from forja.stages import release
 
 LABELS = f"app.kubernetes.io/managed-by=forja,forja.dev/recipe={MODEL}"
 RULES = {rule["resources"][0]: set(rule["verbs"]) for rule in access.documents("release")[0]["rules"]}
@@ -63,6 +67,10 @@ class ClusterServing(Serving):
         identity = self.deployments()[name]["metadata"]["labels"]["forja.dev/release"]
         found = self.kube.list("Pod", self.namespace, labels=f"forja.dev/release={identity}")
         return [p for p in found if not p["metadata"].get("deletionTimestamp")]
+
+    def image(self, name: str) -> str:
+        """Triton's image in a Deployment."""
+        return str(self.deployments()[name]["spec"]["template"]["spec"]["containers"][0]["image"])
 
     def live(self) -> str:
         """The Deployment that gets the requests."""
@@ -114,3 +122,20 @@ def at_rest(platform: Platform) -> bool:
     """Whether no run goes on: new data start one of their own beside the one by hand."""
     runs = platform.airflow._ask("GET", "/api/v2/dags/~/dagRuns?state=running&state=queued")["dag_runs"]
     return not any(found["dag_id"] in ("digits", "digits_ingest") for found in runs)
+
+
+def claimed(route: Route) -> Route:
+    """A route after a candidate was taken down: nothing changed but the version, which nobody can swap from any more."""
+    return dataclasses.replace(route, version=route.version + 1)
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, start_s: int = 120, **gateway: Any) -> None:
+    """A site whose gateway differs, and whose pods get so many seconds to start."""
+
+    def load(name: str) -> Site:
+        site = load_site(name)
+        assert site.gateway is not None
+        profiles = {key: dataclasses.replace(profile, queue_timeout_s=start_s) for key, profile in site.profiles.items()}
+        return dataclasses.replace(site, gateway=dataclasses.replace(site.gateway, **gateway), profiles=profiles)
+
+    monkeypatch.setattr(release, "load_site", load)

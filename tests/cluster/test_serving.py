@@ -17,10 +17,10 @@ import pytest
 from cluster.kit.node import Node
 from cluster.kit.places import ROOT, places
 from cluster.platform import Platform
-from cluster.releases import RULES, ClusterServing, Recorded, account, apply_traffic, at_rest, secure
+from cluster.releases import RULES, ClusterServing, Recorded, account, apply_traffic, at_rest, claimed, elsewhere, secure
 from integration.plant import Client
 from integration.releases import MODEL
-from integration.test_serving import CONTROLS, asked
+from integration.test_serving import CONTROLS, asked, killed_before_the_proof, raising, refused_by_the_proof
 
 from forja import envs
 from forja import kube as k8s
@@ -29,8 +29,6 @@ from forja.kube import ApiError, Kube
 from forja.serving import deployments, triton
 from forja.serving.gateway_router import GatewayRouter
 from forja.serving.router import Route
-from forja.sites import Site, load_site
-from forja.stages import release
 
 NAMESPACE = "forja-vision"
 
@@ -102,7 +100,7 @@ def test_wrong_golden_answers_leave_what_is_live(serving: ClusterServing) -> Non
     with client(serving) as asking, pytest.raises(Refused, match="golden answers"):
         serving.release(4, damaged=True)
     assert asking.failed == []
-    assert (serving.router.read(MODEL), set(serving.deployments())) == (route, there)
+    assert (serving.router.read(MODEL), set(serving.deployments())) == (claimed(route), there)
     assert serving.answers(2)
     assert serving.aliases()["champion"] == aliases["champion"]
 
@@ -116,18 +114,6 @@ def test_a_model_that_does_not_load_is_refused_with_tritons_reason(serving: Clus
         serving.release(99)
     assert set(serving.deployments()) == there
     assert serving.answers(2)
-
-
-def elsewhere(monkeypatch: pytest.MonkeyPatch, start_s: int = 120, **gateway: Any) -> None:
-    """A site whose gateway differs, and whose pods get so many seconds to start."""
-
-    def load(name: str) -> Site:
-        site = load_site(name)
-        assert site.gateway is not None
-        profiles = {key: dataclasses.replace(profile, queue_timeout_s=start_s) for key, profile in site.profiles.items()}
-        return dataclasses.replace(site, gateway=dataclasses.replace(site.gateway, **gateway), profiles=profiles)
-
-    monkeypatch.setattr(release, "load_site", load)
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -146,8 +132,68 @@ def test_pods_that_do_not_start_are_told_and_removed(case: str, serving: Cluster
     elsewhere(monkeypatch, **changes)
     with pytest.raises(Unavailable, match=message):
         serving.release(5)
-    assert (serving.router.read(MODEL), set(serving.deployments())) == (route, there)
+    assert (serving.router.read(MODEL), set(serving.deployments())) == (claimed(route), there)
     assert serving.answers(2)
+
+
+def test_a_changed_site_is_proven_beside_what_is_live(serving: ClusterServing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very release that is live, by another image or another pod: what answers clients isn't touched before the proof."""
+    serving.release(2)
+    live, route = serving.live(), serving.router.read(MODEL)
+    image, uids = serving.image(live), {pod["metadata"]["uid"] for pod in serving.pods(live)}
+    with client(serving) as asking:
+        with monkeypatch.context() as patch:
+            elsewhere(patch, image="127.0.0.1:1/nosuch:1")
+            with pytest.raises(Unavailable, match="nosuch"):
+                serving.release(2)
+            elsewhere(patch, image=image, cpus=0.2)
+            patch.setattr(triton, "smoke", raising(Refused("wrong answers")))
+            with pytest.raises(Refused, match="wrong answers"):
+                serving.release(2)
+        assert (serving.live(), serving.image(live), set(serving.deployments())) == (live, image, {live, route.before})
+        assert {pod["metadata"]["uid"] for pod in serving.pods(live)} == uids
+        elsewhere(monkeypatch, cpus=0.2)
+        serving.release(2)
+    assert asking.failed == []
+    assert (serving.live() != live, serving.router.read(MODEL).before) == (True, live)
+    assert serving.answers(2)
+
+
+@pytest.mark.parametrize("passes", [True, False], ids=["the proof passes then", "the proof fails then"])
+def test_killed_between_moving_the_requests_and_their_proof(passes: bool, serving: ClusterServing) -> None:
+    serving.release(1)
+    old = serving.live()
+    with client(serving) as asking:
+        killed_before_the_proof(serving, 3)
+        assert serving.live() != old
+        if passes:
+            serving.release(3)
+        else:
+            refused_by_the_proof(serving, 3)
+    assert asking.failed == []
+    route = serving.router.read(MODEL)
+    assert (route.live == old, route.proven) == (not passes, True)
+    assert serving.answers(3 if passes else 1)
+    assert len(serving.deployments()) == (2 if passes else 1)
+
+
+def test_two_releases_at_once_end_in_one_of_them(serving: ClusterServing) -> None:
+    """Nothing is held between them: the route takes one swap from each version, and the other one is told."""
+    for seed in (3, 7):
+        serving.gate(seed)
+    serving.release(1)
+    with client(serving) as asking:
+        both = [serving.spawn(3), serving.spawn(7)]
+        output = [process.communicate(timeout=200)[0] for process in both]
+    print(*output, sep="\n")
+    assert asking.failed == []
+    ended = [process.returncode for process in both]
+    assert 0 in ended, output
+    assert set(ended) <= {0, Conflict.exit_code}, output
+    assert sorted((serving.answers(3), serving.answers(7))) == [False, True]
+    live = 3 if serving.answers(3) else 7
+    assert serving.aliases()["champion"] == serving.release(live).facts["version"]
+    assert len(serving.deployments()) == 2
 
 
 def test_a_server_that_is_late_is_told_with_its_log(serving: ClusterServing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +326,20 @@ def test_clients_can_infer_and_look_and_nothing_else(serving: ClusterServing) ->
 
 def test_of_two_servers_one_may_be_killed_and_one_may_go(serving: ClusterServing, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere(monkeypatch, replicas=2)
+    asked_directly: set[str] = set()
+    real = triton.smoke
+
+    def smoke(address: str, *arguments: Any, **named: Any) -> float:
+        asked_directly.add(address)
+        return real(address, *arguments, **named)
+
+    monkeypatch.setattr(triton, "smoke", smoke)
     serving.release(1)
     killed, deleted = serving.pods(serving.live())
+    assert asked_directly == {serving.endpoint, *(f"{pod['status']['podIP']}:8000" for pod in (killed, deleted))}
+    budget = serving.kube.get("PodDisruptionBudget", serving.live(), NAMESPACE)
+    assert budget is not None
+    assert (budget["status"]["expectedPods"], budget["status"]["disruptionsAllowed"]) == (2, 1)
     with client(serving) as asking:
         container = killed["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
         node.ctr("tasks", "kill", "--signal", "SIGKILL", container)

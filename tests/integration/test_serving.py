@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from forja.errors import BadInput, Conflict, Refused, Unavailable
 from forja.lake import Lake
 from forja.services import probes, supervisor
 from forja.services.triton import SLOTS, slot
-from forja.serving import repository, slots, triton
+from forja.serving import repository, rollout, slots, triton
 from forja.serving.envoy_router import EnvoyRouter
 from forja.serving.router import Route
 
@@ -323,6 +323,51 @@ def test_killed_release_converges_on_retry(line: str, serving: Serving) -> None:
     assert client.failed == []
     assert serving.answers(seed)
     assert serving.aliases()["champion"] == receipt.facts["version"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the release's own cleans up after it."""
+
+
+def killed_before_the_proof(serving: Serving, seed: int) -> None:
+    """A release that ends between moving the requests and their proof."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "_through_router", raising(Killed()))
+        with pytest.raises(Killed):
+            serving.release(seed)
+    assert not serving.router.read(MODEL).proven
+
+
+def refused_by_the_proof(serving: Serving, seed: int) -> None:
+    """A release whose answers through the router are wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "_through_router", raising(Refused("wrong answers through the router")))
+        with pytest.raises(Refused, match="through the router"):
+            serving.release(seed)
+
+
+def raising(error: BaseException) -> Callable[..., float]:
+    def call(*_: object, **__: object) -> float:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("passes", [True, False], ids=["the proof passes then", "the proof fails then"])
+def test_killed_between_moving_the_requests_and_their_proof(passes: bool, serving: Serving) -> None:
+    serving.release(1)
+    old = serving.router.read(MODEL).live
+    with Client(endpoint=serving.endpoint, model=MODEL, sample=serving.golden(1).inputs[:1]) as client:
+        killed_before_the_proof(serving, 2)
+        assert serving.router.read(MODEL).live != old
+        if passes:
+            serving.release(2)
+        else:
+            refused_by_the_proof(serving, 2)
+    assert client.failed == []
+    route = serving.router.read(MODEL)
+    assert (route.live == old, route.proven) == (not passes, True)
+    assert serving.answers(2 if passes else 1)
 
 
 def test_two_releases_at_once_end_in_one_of_them(serving: Serving) -> None:

@@ -66,9 +66,36 @@ def test_connections_drain_before_the_server_ends() -> None:
 
 def test_service_and_pods_agree() -> None:
     found, service = triton_pod.deployment(SERVING, RELEASE, MARKS), triton_pod.service(SERVING, RELEASE)
-    assert found["metadata"]["name"] == service["metadata"]["name"] == f"digits-{RELEASE.identity[:10]}"
+    assert found["metadata"]["name"] == service["metadata"]["name"] == triton_pod.name(SERVING, RELEASE)
     assert service["spec"]["selector"].items() <= found["spec"]["template"]["metadata"]["labels"].items()
     assert found["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+
+
+def test_what_serves_is_part_of_the_backends_name_and_selector() -> None:
+    """Another image is another Deployment, whose pods neither the old Service nor the old Deployment finds."""
+    for changes in ({"image": "s:2"}, {"fetch_image": "c:2"}, {"cpus": 3.0}, {"gpus": 0}):
+        other = dataclasses.replace(SERVING, gateway=dataclasses.replace(GATEWAY, **changes))  # type: ignore[arg-type]
+        assert triton_pod.name(other, RELEASE) != triton_pod.name(SERVING, RELEASE)
+        assert triton_pod.selector(other, RELEASE) != triton_pod.selector(SERVING, RELEASE)
+    more = dataclasses.replace(SERVING, gateway=dataclasses.replace(GATEWAY, replicas=5))
+    assert triton_pod.name(more, RELEASE) == triton_pod.name(SERVING, RELEASE), "more of the same pods need no new proof"
+    named = triton_pod.deployment(SERVING, RELEASE, dataclasses.replace(MARKS, again="5", path="elsewhere"))["metadata"]["name"]
+    assert named == triton_pod.name(SERVING, RELEASE)
+
+
+def test_pods_are_kept_apart_and_not_all_taken_at_once() -> None:
+    found, budget = triton_pod.deployment(SERVING, RELEASE, MARKS), triton_pod.budget(SERVING, RELEASE)
+    (apart,) = found["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert (apart["topologyKey"], apart["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert apart["labelSelector"] == found["spec"]["selector"] == budget["spec"]["selector"]
+    assert budget["spec"]["maxUnavailable"] == 1
+
+
+def test_pods_of_the_newest_template() -> None:
+    found = triton_pod.deployment(SERVING, RELEASE, dataclasses.replace(MARKS, again="5"))
+    notes = found["spec"]["template"]["metadata"]["annotations"]
+    pods = [{"metadata": {"annotations": a}} for a in ({**notes, "a.webhook/said": "x"}, {**notes, triton_pod.AGAIN: "4"}, None)]
+    assert triton_pod.newest(found, pods) == pods[:1]
 
 
 def test_marks_are_read_back_and_only_again_makes_new_pods() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from forja.errors import Conflict, Damaged, Unavailable
+from forja.errors import Conflict, Damaged, ForjaError, Unavailable
 from forja.kube import ApiError, Object
 from forja.serving import gateway_router
 from forja.serving.gateway_router import GatewayRouter
@@ -27,6 +29,7 @@ class Store:
     def __init__(self) -> None:
         self.routes: dict[str, Object] = {}
         self.before_write: Callable[[], None] = lambda: None
+        self.after_write: Callable[[], None] = lambda: None
 
     def get(self, kind: str, name: str, namespace: str = "") -> Object | None:
         return copy.deepcopy(self.routes.get(name))
@@ -44,7 +47,9 @@ class Store:
             raise ApiError("PATCH", 409, "Conflict", "the object has been modified")
         new = {**old, "spec": {**old["spec"], **change["spec"]}}
         new["metadata"] = {**old["metadata"], "annotations": change["metadata"]["annotations"]}
-        return self.put(name, copy.deepcopy(new))
+        made = self.put(name, copy.deepcopy(new))
+        self.after_write()
+        return made
 
     def put(self, name: str, new: Object) -> Object:
         old = self.routes.get(name, {"metadata": {"resourceVersion": "0", "generation": 0}, "spec": None})
@@ -131,6 +136,87 @@ def test_gateway_that_does_not_follow_gets_the_old_route_back(store: Store) -> N
     assert store.routes["digits"]["spec"]["rules"][0]["backendRefs"] == before
     after = router(store).read("digits")
     assert (after.weights, after.version) == (ONE.weights, 3)  # a version is never used for two routes
+
+
+def test_going_back_stays_written_when_the_gateway_is_late(store: Store) -> None:
+    router(store).swap(0, ONE)
+    router(store).swap(1, dataclasses.replace(TWO, proven=False))
+    with pytest.raises(Unavailable, match="written, not yet confirmed"):
+        router(store, GatewayRouter).swap(2, ONE, restore=False)
+    assert router(store).read("digits") == dataclasses.replace(ONE, version=3)
+
+
+def test_proof_is_recorded_without_another_version(store: Store) -> None:
+    taken = router(store).swap(0, dataclasses.replace(ONE, proven=False))
+    spec = copy.deepcopy(store.routes["digits"]["spec"])
+    assert not router(store).read("digits").proven
+    proven = router(store, GatewayRouter).prove(taken)
+    assert router(store).read("digits") == proven == dataclasses.replace(taken, proven=True)
+    assert store.routes["digits"]["spec"] == spec
+    router(store).swap(1, TWO)
+    with pytest.raises(Conflict):
+        router(store).prove(taken)
+
+
+def test_a_record_of_before_the_proof_was_recorded_is_proven(store: Store) -> None:
+    router(store).swap(0, ONE)
+    notes = store.routes["digits"]["metadata"]["annotations"]
+    record = json.loads(notes[gateway_router.RECORD])
+    del record["proven"]
+    notes[gateway_router.RECORD] = json.dumps(record)
+    assert router(store).read("digits").proven
+
+
+class Answering(GatewayRouter):
+    """Before a gateway that has taken what is written, as far as its answers tell."""
+
+    def _elsewhere(self, route: Route) -> str:
+        return ""
+
+
+AWAY: list[ForjaError] = [ApiError("GET", 429, "TooManyRequests", "slow"), ApiError("GET", 503, "Busy", "etcd"), Unavailable("no answer")]
+
+
+@pytest.mark.parametrize("error", AWAY, ids=["429", "503", "away"])
+def test_an_api_server_that_is_away_for_a_moment_is_waited_for(error: ForjaError, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors come after the write, while the gateway's word is waited for."""
+    router(store).swap(0, ONE)
+    failing(store, monkeypatch, error, times=2)
+    store.after_write = lambda: store.status(Accepted="True", ResolvedRefs="True")
+    assert router(store, Answering, in_force_s=5).swap(1, TWO).version == 2
+    assert router(store).read("digits").live == "digits-two"
+
+
+def test_an_api_server_that_stays_busy_has_the_old_route_restored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    router(store).swap(0, ONE)
+    failing(store, monkeypatch, ApiError("GET", 503, "Busy", "etcd"), seconds=0.4)
+    with pytest.raises(Unavailable, match="route before is in force again"):
+        router(store, Answering, in_force_s=0.2).swap(1, TWO)
+    assert router(store).read("digits").live == "digits-one"
+
+
+def failing(store: Store, monkeypatch: pytest.MonkeyPatch, error: ForjaError, *, times: int = 0, seconds: float = 0.0) -> None:
+    """The wait's reads fail so many times, or so long."""
+    real, until, left = GatewayRouter._not_yet, time.monotonic() + seconds, [times]
+
+    def not_yet(self: GatewayRouter, route: Route, answers: bool) -> str:
+        with monkeypatch.context() as patch:
+            if left[0] > 0 or time.monotonic() < until:
+                left[0] -= 1
+                patch.setattr(store, "get", Raising(error))
+            return real(self, route, answers)
+
+    monkeypatch.setattr(GatewayRouter, "_not_yet", not_yet)
+
+
+class Raising:
+    """Raises whatever it is called with."""
+
+    def __init__(self, error: ForjaError) -> None:
+        self.error = error
+
+    def __call__(self, *_: object) -> Any:
+        raise self.error
 
 
 def test_first_route_that_is_not_followed_is_attached_to_nothing(store: Store) -> None:

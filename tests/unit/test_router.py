@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -74,6 +75,37 @@ def test_envoy_that_does_not_follow_gets_the_old_files_back(settings: Settings) 
     assert files(settings) == before
     after = Followed(settings).read("digits")
     assert (after.weights, after.version) == (good.weights, 3)  # a version is never used for two routes
+
+
+def test_going_back_stays_written_when_envoy_is_late(settings: Settings) -> None:
+    Followed(settings).swap(0, Route(model="digits", weights={"blue": 100}))
+    Followed(settings).swap(1, Route(model="digits", weights={"green": 100}, before="blue", proven=False))
+    with pytest.raises(Unavailable, match="written, not yet confirmed"):
+        EnvoyRouter(settings, in_force_s=0.2).swap(2, Route(model="digits", weights={"blue": 100}), restore=False)
+    assert Followed(settings).read("digits") == Route(model="digits", version=3, weights={"blue": 100})
+    Followed(settings).ensure("digits")
+    assert "digits-blue" in str(files(settings)[1])
+
+
+def test_proof_is_recorded_without_another_version(settings: Settings) -> None:
+    taken = Followed(settings).swap(0, Route(model="digits", weights={"blue": 100}, proven=False))
+    before = files(settings)
+    assert not Followed(settings).read("digits").proven
+    proven = EnvoyRouter(settings).prove(taken)
+    assert Followed(settings).read("digits") == proven == dataclasses.replace(taken, proven=True)
+    assert files(settings) == before
+    Followed(settings).swap(1, Route(model="digits", weights={"green": 100}))
+    with pytest.raises(Conflict):
+        EnvoyRouter(settings).prove(taken)
+
+
+def test_a_record_of_before_the_proof_was_recorded_is_proven(settings: Settings) -> None:
+    Followed(settings).swap(0, Route(model="digits", weights={"blue": 100}))
+    path = settings.state / "envoy" / "routes" / "digits.json"
+    record = json.loads(path.read_text())
+    del record["proven"]
+    path.write_text(json.dumps(record))
+    assert Followed(settings).read("digits").proven
 
 
 def test_files_hold_all_models(settings: Settings) -> None:

@@ -40,25 +40,30 @@ class EnvoyRouter:
         except (ValueError, TypeError) as error:
             raise Damaged("route", value=str(path), do="remove the file and release again") from error
 
-    def swap(self, expected: int, new: Route) -> Route:
+    def swap(self, expected: int, new: Route, *, restore: bool = True) -> Route:
         """See ``Router``; BadInput for a backend that is no slot."""
         if not new.backends <= set(SLOTS):
             raise BadInput(f"route of {new.model}: slots", value=sorted(new.backends), allowed=", ".join(SLOTS))
         with locked(self._settings, "router"):
-            old = self.read(new.model)
-            if old.version != expected:
-                thing = f"route of {new.model}: somebody else moved it, version"
-                raise Conflict(thing, value=old.version, allowed=str(expected), do="read the route and decide again")
+            old = self._expected(new.model, expected)
             # The record comes first: a process that dies between the two leaves a record that ``ensure`` puts in force.
             # The other way round, Envoy would send requests to a slot that the record calls idle.
             taken = self._record(new, expected + 1)
             try:
                 self._render()
             except Unavailable as error:
+                if not restore:
+                    raise Unavailable(f"route of {new.model}: written, not yet confirmed: {error.thing}", do=error.do) from error
                 self._record(old, expected + 2)
                 self._files()
                 raise Unavailable(f"route of {new.model}: {error.thing}; the route before is in force again", do=error.do) from error
             return taken
+
+    def prove(self, route: Route) -> Route:
+        """See ``Router``."""
+        with locked(self._settings, "router"):
+            self._expected(route.model, route.version)
+            return self._record(dataclasses.replace(route, proven=True), route.version)
 
     def ensure(self, model: str) -> None:
         """See ``Router``. The files hold the routes of all models, so all of them are put in force."""
@@ -67,6 +72,14 @@ class EnvoyRouter:
 
     def _path(self, model: str) -> Path:
         return self._folder / f"{model}.json"
+
+    def _expected(self, model: str, version: int) -> Route:
+        """The route, which must be of this version."""
+        found = self.read(model)
+        if found.version != version:
+            thing = f"route of {model}: somebody else moved it, version"
+            raise Conflict(thing, value=found.version, allowed=str(version), do="read the route and decide again")
+        return found
 
     def _record(self, route: Route, version: int) -> Route:
         taken = dataclasses.replace(route, version=version, weights=dict(route.weights))

@@ -13,7 +13,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from forja.errors import BadInput, Conflict, Damaged, Unavailable
+from forja.errors import BadInput, Conflict, Damaged, ForjaError, Unavailable
 from forja.kube import ApiError, Kube, Object
 from forja.lake import canonical
 from forja.serving.router import Route, allowed
@@ -50,18 +50,25 @@ class GatewayRouter:
         """See ``Router``; Damaged when the HTTPRoute holds no record."""
         return self._record(model, self._find(model))
 
-    def swap(self, expected: int, new: Route) -> Route:
-        """See ``Router``."""
+    def swap(self, expected: int, new: Route, *, restore: bool = True) -> Route:
+        """See ``Router``. A restoration that fails leaves a route whose proof is open, which the next release settles."""
         taken = dataclasses.replace(new, version=expected + 1, weights=dict(new.weights))
         old = self._write(expected, taken)
         try:
             self._wait(taken)
-        except Unavailable as error:
-            self._write(taken.version, dataclasses.replace(old, version=expected + 2))
-            raise Unavailable(
-                f"route of {new.model}: {error.thing}; the route before is in force again", value=error.value, do=error.do
-            ) from error
+        except ForjaError as error:
+            now = "written, not yet confirmed"
+            if restore:
+                self._write(taken.version, dataclasses.replace(old, version=expected + 2))
+                now = "the route before is in force again"
+            raise Unavailable(f"route of {new.model}: {error.thing}; {now}", value=error.value, do=error.do) from error
         return taken
+
+    def prove(self, route: Route) -> Route:
+        """See ``Router``. Only the record changes, so there is nothing to wait for."""
+        proven = dataclasses.replace(route, proven=True)
+        self._write(route.version, proven)
+        return proven
 
     def ensure(self, model: str) -> None:
         """See ``Router``. Record and spec are written at once, so they differ only when somebody changed one by hand."""
@@ -116,9 +123,7 @@ class GatewayRouter:
         """Wait until the gateway follows a route, by what it says and, with ``answers``, by what it does."""
         deadline = time.monotonic() + self._in_force_s
         while True:
-            wrong = refused(self._find(route.model), self._gateway, resolved=answers) if route.weights else ""
-            if not wrong and answers:
-                wrong = self._elsewhere(route)
+            wrong = self._not_yet(route, answers)
             if not wrong:
                 return
             if time.monotonic() > deadline:
@@ -127,6 +132,16 @@ class GatewayRouter:
                     f"{where} has not taken the route in {self._in_force_s:g} s", value=wrong, do=f"look at HTTPRoute {name(route.model)}"
                 )
             time.sleep(0.1)
+
+    def _not_yet(self, route: Route, answers: bool) -> str:
+        """Why the gateway doesn't follow a route yet; an API server that is busy for a moment is one reason more."""
+        try:
+            wrong = refused(self._find(route.model), self._gateway, resolved=answers) if route.weights else ""
+        except ForjaError as error:
+            if not passing(error):
+                raise
+            return str(error)
+        return wrong or (self._elsewhere(route) if answers else "")
 
     def _elsewhere(self, route: Route) -> str:
         """By which version the gateway answers that isn't the route's; empty when it follows the route."""
@@ -150,6 +165,11 @@ class GatewayRouter:
             return answer.headers.get(HEADER, "")
         finally:
             connection.close()
+
+
+def passing(error: ForjaError) -> bool:
+    """Whether the API server was only away, or too busy: while something is waited for, that is no answer yet."""
+    return isinstance(error, Unavailable) or (isinstance(error, ApiError) and error.passing)
 
 
 def name(model: str) -> str:

@@ -29,14 +29,18 @@ class Place(Protocol):
     def title(self, name: str) -> str:
         """What people call a backend."""
 
-    def address(self, name: str) -> str:
-        """host:port at which a backend is asked past the router."""
+    def addresses(self, name: str) -> list[str]:
+        """host:port of each server of a backend, past the router: a proof asks them all.
+
+        Raises:
+            Unavailable: none of them is there.
+        """
 
     def held(self, name: str) -> Release | None:
         """The release in a backend, None when there is none or it is damaged beyond reading."""
 
     def intact(self, name: str, release: Release) -> bool:
-        """Whether the files of the release that ``held`` gave are what its digests say."""
+        """Whether what serves the release that ``held`` gave is what a new one would get: to the byte, and as the site says."""
 
     def wake(self, name: str, release: Release) -> None:
         """Make the live backend answer, changing only what keeps it from it.
@@ -57,7 +61,7 @@ class Place(Protocol):
         """
 
     def remove(self, name: str, route: Route) -> None:
-        """Take a release down that failed; nothing to do for one that takes requests."""
+        """Take a release down that failed; nothing to do for one that takes requests, or when the route has moved since."""
 
-    def tidy(self, route: Route) -> None:
-        """Take down what a route in force makes useless. The live release stays, and the one before it."""
+    def tidy(self) -> None:
+        """Take down what the route in force makes useless. The live release stays, and the one before it."""

@@ -30,6 +30,9 @@ class Route:
     """Backend that gets a copy of every request, its answers thrown away; empty for none."""
     before: str = ""
     """Backend that was live before this one, kept for going back; empty for none."""
+    proven: bool = True
+    """Whether the live backend gave its golden answers through the router. Until then whoever finds the route goes on with the
+    proof, or goes back to ``before``: the release that moved the requests may have been killed. Records without it are proven."""
 
     def __post_init__(self) -> None:
         for name in sorted(self.backends):
@@ -56,13 +59,20 @@ class Router(Protocol):
     def read(self, model: str) -> Route:
         """The route of a model; version 0 and no weights when it has none."""
 
-    def swap(self, expected: int, new: Route) -> Route:
+    def swap(self, expected: int, new: Route, *, restore: bool = True) -> Route:
         """Put ``new`` in force if the route's version is still ``expected``, and return it with its version.
+
+        Args:
+            restore: whether the route before comes back when the router doesn't take this one in time. Without it, as for
+                going back from a backend that failed, ``new`` stays written, and ``ensure`` confirms it later.
 
         Raises:
             Conflict: somebody else changed the route.
-            Unavailable: the router didn't take it in time; the route before is in force again.
+            Unavailable: the router didn't take it in time.
         """
+
+    def prove(self, route: Route) -> Route:
+        """Record that the proof of a route in force passed; the version stays. Conflict when there is another version."""
 
     def ensure(self, model: str) -> None:
         """Put the recorded route of a model in force again; Unavailable when the router doesn't take it."""

@@ -37,9 +37,9 @@ class Slots:
         """See ``Place``."""
         return f"slot {name}"
 
-    def address(self, name: str) -> str:
+    def addresses(self, name: str) -> list[str]:
         """See ``Place``."""
-        return f"127.0.0.1:{self._slot(name).http_port}"
+        return [self._address(name)]
 
     def held(self, name: str) -> Release | None:
         """See ``Place``."""
@@ -54,7 +54,7 @@ class Slots:
 
     def wake(self, name: str, release: Release) -> None:
         """See ``Place``. One probe that times out is no reason to kill a server that clients use."""
-        program, address = self._slot(name).program, self.address(name)
+        program, address = self._slot(name).program, self._address(name)
         if triton.ready(address, release.model, release.version):
             return
         if supervisor.process(self._settings, program).state in ("starting", "running", "backoff"):
@@ -78,7 +78,7 @@ class Slots:
         supervisor.stop_program(self._settings, place.program)
         repository.install(place, release, bundle.contents)
         supervisor.start_program(self._settings, place.program)
-        triton.wait_ready(self.address(name), release.model, release.version, LOAD_S, self._check)
+        triton.wait_ready(self._address(name), release.model, release.version, LOAD_S, self._check)
 
     def remove(self, name: str, route: Route) -> None:
         """See ``Place``."""
@@ -86,8 +86,11 @@ class Slots:
         supervisor.stop_program(self._settings, place.program)
         repository.remove(place, self._model)
 
-    def tidy(self, route: Route) -> None:
+    def tidy(self) -> None:
         """Nothing to do: there are as many slots as releases that stay."""
+
+    def _address(self, name: str) -> str:
+        return f"127.0.0.1:{self._slot(name).http_port}"
 
     def _slot(self, name: str) -> Slot:
         return slot(self._settings, self._model, name)

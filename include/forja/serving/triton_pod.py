@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forja.kube import Object
+from forja.lake import canonical, sha256
 from forja.serving.repository import Release
 from forja.serving.server import PORTS
 from forja.sites import Gateway
@@ -53,31 +54,50 @@ class Marks:
     """Digest of that file."""
     beside: int
     """Version of the route that was in force when it was put up. It can only go live by a swap from that version: once the
-    route has a later one, no release in progress still counts on it."""
+    route has another one, no release in progress still counts on it."""
     again: str = ""
     """Changes when the same release has to be brought up anew."""
 
 
-def labels(release: Release) -> dict[str, str]:
+def digest(serving: Serving, release: Release) -> str:
+    """Digest of what serves: the release, and the pod that the site gives it (image, command, size).
+
+    Another image under the same release is another digest, so it gets a Deployment of its own, which is proven before requests
+    reach it. ``again`` and the path of release.json are left out: neither changes an answer.
+    """
+    return sha256(canonical([release.identity, _pod(serving, release, Marks(path="", sha256="", beside=0))]))[:16]
+
+
+def labels(serving: Serving, release: Release) -> dict[str, str]:
     """Labels of everything that serves a release."""
-    return {"app.kubernetes.io/name": "triton", "app.kubernetes.io/managed-by": "forja", **selector(release)}
+    return {"app.kubernetes.io/name": "triton", "app.kubernetes.io/managed-by": "forja", **selector(serving, release)}
 
 
-def selector(release: Release) -> dict[str, str]:
-    """Labels that tell a release's pods from all others."""
-    return {"forja.dev/recipe": release.model, "forja.dev/release": release.identity}
+def selector(serving: Serving, release: Release) -> dict[str, str]:
+    """Labels that tell a backend's pods from all others."""
+    return {"forja.dev/recipe": release.model, "forja.dev/release": digest(serving, release)}
 
 
-def name(release: Release) -> str:
-    """Name of a release's Deployment and Service, the backend of routes: one for what is served, whoever released it."""
-    return f"{release.model.replace('_', '-').strip('-')}-{release.identity[:10]}"
+def name(serving: Serving, release: Release) -> str:
+    """Name of the Deployment and Service, the backend of routes: one for what serves, whoever released it."""
+    return f"{release.model.replace('_', '-').strip('-')}-{digest(serving, release)[:10]}"
 
 
 def marks(deployment: Object) -> Marks:
     """Those of a Deployment; KeyError or ValueError when it isn't one of ours."""
     notes = deployment["metadata"]["annotations"]
-    again = (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(AGAIN, "")
+    again = _template_notes(deployment).get(AGAIN, "")
     return Marks(path=notes[BUNDLE], sha256=notes[SHA256], beside=int(notes[BESIDE]), again=again)
+
+
+def newest(deployment: Object, pods: list[Object]) -> list[Object]:
+    """The pods that were made of a Deployment's newest template: those that carry its annotations."""
+    wanted = _template_notes(deployment).items()
+    return [pod for pod in pods if wanted <= (pod["metadata"].get("annotations") or {}).items()]
+
+
+def _template_notes(deployment: Object) -> dict[str, str]:
+    return deployment["spec"]["template"]["metadata"].get("annotations") or {}
 
 
 def service(serving: Serving, release: Release) -> Object:
@@ -85,14 +105,26 @@ def service(serving: Serving, release: Release) -> Object:
     ports = [{"name": "http", "port": SERVICE_PORT, "targetPort": "http", "protocol": "TCP"}]
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": _meta(serving, release),
-        "spec": {"selector": selector(release), "ports": ports},
+        "spec": {"selector": selector(serving, release), "ports": ports},
+    }  # fmt: skip
+
+
+def budget(serving: Serving, release: Release) -> Object:
+    """What keeps nodes that are emptied from taking all pods of a release at once; pods that don't serve may always go."""
+    mine = {"matchLabels": selector(serving, release)}
+    return {
+        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": _meta(serving, release),
+        "spec": {"maxUnavailable": 1, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": mine},
     }  # fmt: skip
 
 
 def deployment(serving: Serving, release: Release, marks: Marks) -> Object:
     """The Deployment of a release: equal arguments give equal manifests, and applying one again changes nothing."""
     notes = {BUNDLE: marks.path, SHA256: marks.sha256, BESIDE: str(marks.beside)}
-    again = {"annotations": {AGAIN: marks.again}} if marks.again else {}
+    again = {AGAIN: marks.again} if marks.again else {}
+    mine = {"matchLabels": selector(serving, release)}
+    # Pods of one release on nodes of their own, where there are enough: a node that fails takes one of them.
+    apart = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": mine}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -100,16 +132,19 @@ def deployment(serving: Serving, release: Release, marks: Marks) -> Object:
         "spec": {
             "replicas": serving.gateway.replicas,
             "revisionHistoryLimit": 1,
-            "selector": {"matchLabels": selector(release)},
-            # New pods first: a change of the image takes nothing from the requests.
+            "selector": mine,
+            # New pods first: pods that are replaced take nothing from the requests.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-            "template": {"metadata": {"labels": labels(release), **again}, "spec": _pod(serving, release, marks)},
+            "template": {
+                "metadata": {"labels": labels(serving, release), "annotations": {SHA256: marks.sha256, **again}},
+                "spec": {**_pod(serving, release, marks), "topologySpreadConstraints": [apart]},
+            },
         },
     }
 
 
 def _meta(serving: Serving, release: Release) -> Object:
-    return {"name": name(release), "namespace": serving.namespace, "labels": labels(release)}
+    return {"name": name(serving, release), "namespace": serving.namespace, "labels": labels(serving, release)}
 
 
 def _pod(serving: Serving, release: Release, marks: Marks) -> Object:

@@ -6,29 +6,32 @@ router, and sets MLflow's aliases. When this very release is live already it cha
 down, a route that was lost, an alias that is missing. The gate says which variant; the version is that of this run's register
 receipt, since a gate that was adopted may know one that MLflow lost.
 
-When it fails: before traffic moved, the live server and the route are as they were. A failed smoke test names the
-difference; Unavailable names the service, and a retry goes on from what it finds.
+When it fails: before traffic moved, the live server and what the router does are as they were. When the proof through the
+router fails, the requests go back; when the release is killed before that proof, the next try makes it up or goes back. A failed
+smoke test names the difference; Unavailable names the service, and a retry goes on from what it finds.
+
+Going back to an older version is a release like any other. Only a try that failed or was killed, and is repeated after a newer
+version went live, is refused, once: it was meant for what was live then. Whoever still wants it runs it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from forja import kube, tracking
-from forja.errors import BadInput, Conflict, Damaged, ForjaError, Refused
+from forja.errors import BadInput, Conflict, Damaged, Refused
 from forja.lake import sha256
 from forja.receipts import Output, Receipt
 from forja.recipes.base import Images, Recipe, Table
-from forja.serving import repository, triton
+from forja.serving import repository, rollout, triton
 from forja.serving.place import Place
-from forja.serving.repository import Bundle, Release
+from forja.serving.repository import Release
+from forja.serving.rollout import Candidate
 from forja.serving.router import Route
 from forja.sites import load_site
 from forja.stages.base import Inputs, Outcome, Plan, Stage, Work
@@ -37,8 +40,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGE = Stage(environment="control", repeat="reconciled", inputs=("gate", "model"))
-SEEN_S = 3.0
-"""Seconds until every worker thread of the router must follow a route that is in force."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +50,6 @@ class Parts:
     max_batch: int
     tolerance: float
     profile: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """What is to be live: the release, its files, and the answers that it must give."""
-
-    release: Release
-    contents: dict[str, bytes]
-    stored: dict[str, Output]
-    """Its files as they lie in the lake."""
-    golden: triton.Golden
-    tolerance: float
-    run_id: str | None
-    """The model's run in MLflow."""
-
-    def smoke(self, address: str) -> float:
-        """Largest difference from the golden answers at host:port; errors as for ``triton.smoke``."""
-        release = self.release
-        limit, batch = self.tolerance, release.max_batch
-        return triton.smoke(address, release.model, self.golden, tolerance=limit, max_batch=batch, version=release.version)
 
 
 def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
@@ -93,22 +74,17 @@ def run(plan: Plan[Parts], work: Work) -> Outcome:
     # the same packages, which two threads must not do at once.
     registry = ThreadPoolExecutor(1).submit(tracking.client, work.settings.mlflow)
     candidate = _candidate(plan, work)
-    with place.locked():
-        route = place.router.read(plan.recipe)
-        if route.weights:
-            # A release that was killed may have recorded a route that the router doesn't follow yet. Before anything is stopped,
-            # what takes the requests must be what the record calls live.
-            place.router.ensure(plan.recipe)
-        live = _live(work, place, route, candidate)
-        if live is None:
-            route, live, worst = _deploy(work, place, route, candidate)
-        else:
-            worst = _through_router(work, candidate)
-            work.say(f"version {live.version} ({live.variant}) is live already in {place.title(route.live)}")
-        place.tidy(route)
+    with place.locked(), rollout.begun(work):
+        route, live, worst = rollout.go_live(work, place, candidate)
+        place.tidy()
         # Last, and after traffic moved: aliases only tell what the router does, and a model that mends something must
         # not wait for a registry. When MLflow is away this raises Unavailable, and the retry finds the release live.
-        _aliases(work, registry.result(), live)
+        client = registry.result()
+        now = place.router.read(plan.recipe).version
+        if now != route.version:
+            what = f"route of {plan.recipe}: somebody else moved it after version {live.version} went live, version"
+            raise Conflict(what, value=now, allowed=str(route.version), do="read the route and decide again")
+        _aliases(work, client, live)
     return _outcome(work, place, route, live, worst, candidate)
 
 
@@ -178,75 +154,6 @@ def _same_model(registered: Receipt, judged: Receipt) -> None:
         )  # fmt: skip
 
 
-def _live(work: Work, place: Place, route: Route, candidate: Candidate) -> Release | None:
-    """The live release when it is the candidate, whole and answering as it should; its server is started if need be."""
-    if not route.weights:
-        return None
-    found = place.held(route.live)
-    if found is None or found.identity != candidate.release.identity or not place.intact(route.live, found):
-        return None
-    place.wake(route.live, found)
-    try:
-        candidate.smoke(place.address(route.live))
-    except Refused as error:
-        work.say(f"{place.title(route.live)} holds this release but answers wrongly ({error}): releasing it again")
-        return None
-    return found
-
-
-def _deploy(work: Work, place: Place, route: Route, candidate: Candidate) -> tuple[Route, Release, float]:
-    """Bring the candidate up beside what is live, prove it there, move traffic, prove it through the router."""
-    old = place.held(route.live) if route.weights else None
-    release = dataclasses.replace(candidate.release, replaces=_replaced(old, candidate.release))
-    name = _load(work, place, route, release, candidate)
-    work.check()
-    before = route.before if name == route.live else route.live
-    taken = place.router.swap(route.version, Route(model=release.model, weights={name: 100}, before=before))
-    try:
-        worst = _through_router(work, candidate)
-    except ForjaError:
-        place.tidy(place.router.swap(taken.version, route))
-        raise
-    work.say(f"all requests go to {place.title(name)}")
-    return taken, release, worst
-
-
-def _load(work: Work, place: Place, route: Route, release: Release, candidate: Candidate) -> str:
-    """Bring the release up and prove it; the backend's name. On any error it is taken down."""
-    stored, name = work.save("release.json", repository.to_json(release)), place.pick(release, route)
-    work.say(f"version {release.version} ({release.variant}) into {place.title(name)}")
-    try:
-        place.put(name, Bundle(release=release, path=stored.path, sha256=stored.sha256, contents=candidate.contents), route)
-        worst = candidate.smoke(place.address(name))
-    except Conflict:
-        raise  # another run took this work over, and what is there with it
-    except ForjaError:
-        place.remove(name, route)
-        raise
-    work.say(f"{place.title(name)} repeats {len(candidate.golden.inputs)} golden answers, differing by {worst:.1e} at most")
-    return name
-
-
-def _through_router(work: Work, candidate: Candidate) -> float:
-    """The smoke test as a client: its threads may follow a new route a moment later than the one that reports it."""
-    address = urlsplit(work.settings.endpoint).netloc
-    deadline = time.monotonic() + SEEN_S
-    while True:
-        try:
-            return candidate.smoke(address)
-        except ForjaError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _replaced(old: Release | None, new: Release) -> str:
-    """Version that ``previous`` will name: another variant of the same version doesn't replace that version."""
-    if old is None:
-        return ""
-    return old.replaces if old.version == new.version else old.version
-
-
 def _aliases(work: Work, client: MlflowClient, live: Release) -> None:
     """Make MLflow's aliases say what is live."""
     with tracking.reachable(work.settings.mlflow):
@@ -294,4 +201,7 @@ def _outcome(work: Work, place: Place, route: Route, live: Release, worst: float
     own = {name.rpartition("/")[2]: o for name, o in candidate.stored.items() if o.path.startswith(f"{work.folder}/")}
     versions = {name: installed_version(name) for name in ("tritonclient", "mlflow")}
     outputs = {**own, "release.json": work.save("release.json", repository.to_json(live))}
-    return Outcome(outputs=outputs, metrics={"smoke_difference": worst}, facts=facts, report=report, versions=versions)
+    return Outcome(
+        outputs=outputs, metrics={"smoke_difference": worst}, facts=facts, report=report, versions=versions,
+        obsolete=[f"{work.folder}/{rollout.BEGUN}"],
+    )  # fmt: skip
