@@ -32,7 +32,7 @@ test: ## All tests that need no GPU and no cluster [ARGS="-k name tests/unit"]
 test-cluster: setup ## The tests that need Kubernetes, in a cluster of this machine's own; KEEP=1 leaves it up [ARGS=tests/cluster/test_x.py]
 	@tests/cluster/run $(ARGS)
 
-cluster-up: setup ## Build (10 minutes the first time) and start the test cluster: needs Linux, root, Go
+cluster-up: setup ## Build (a quarter of an hour the first time) and start the test cluster: needs Linux, root, Go
 	@PYTHONPATH=tests "$(CONTROL_DEV)" -m cluster.kit up
 
 cluster-down: ## Stop the test cluster and check that nothing of it is left
