@@ -15,6 +15,9 @@ from forja.serving import deployments, rollout, triton, triton_pod
 from forja.serving.deployments import Deployments
 from forja.serving.router import Route
 
+WAIT_READY = triton.wait_ready
+"""The real one, which ``At`` takes the place of."""
+
 
 @pytest.fixture(params=PLACES)
 def at(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> At:
@@ -306,3 +309,20 @@ def test_time_to_load_counts_when_all_servers_run(there: AtDeployments, monkeypa
     with pytest.raises(Unavailable, match=f"{place.pick(candidate(there.lake, '1').release, Route(model='digits'))} doesn't serve"):
         there.release("1")
     assert there.cluster.running == [2], "with one of two it waits on, with both the clock runs"
+
+
+def test_a_deployment_that_goes_while_it_is_waited_for_is_told_at_once(there: AtDeployments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release went live and tidied; the Service's address answers no more, which used to be waited for until the time was up."""
+    there.release("1")
+
+    def gone(address: str, *_: object) -> bool:
+        there.cluster.objects.pop(("Deployment", address.partition(".")[0]), None)
+        return False
+
+    monkeypatch.setattr(triton, "wait_ready", WAIT_READY)
+    monkeypatch.setattr(triton, "ready", gone)
+    monkeypatch.setattr(triton, "load_error", lambda *_: "")
+    monkeypatch.setattr(deployments, "LOAD_S", 2.0)
+    with pytest.raises(Conflict, match="was deleted meanwhile"):
+        there.release("2")
+    assert there.live() == "1"

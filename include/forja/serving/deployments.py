@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TypeVar
 
 from forja import kube
@@ -201,14 +202,24 @@ class Deployments:
     def _serves(self, name: str, release: Release, found: Object | None, pods: list[Object]) -> bool:
         """Whether a Deployment serves; raises when it never will."""
         if found is None:
-            raise Unavailable(f"{self.title(name)} was deleted meanwhile", do="try again")
+            raise self._gone(name)
         if _rolled_out(found):
             # The pods are ready; the node that this runs on learns of the Service's new addresses a moment later.
-            triton.wait_ready(self._address(name), release.model, release.version, LOAD_S, self._check)
+            triton.wait_ready(self._address(name), release.model, release.version, LOAD_S, partial(self._still, name))
             return True
         if error := pod_state.failure(found, pods) or self._load_error(release, pods):
             raise error
         return False
+
+    def _still(self, name: str) -> None:
+        """Raise when this work, or its Deployment, was taken."""
+        self._check()
+        if self._patiently(lambda: self._deployment(name)) is None:
+            raise self._gone(name)
+
+    def _gone(self, name: str) -> Conflict:
+        """Another release that went live meanwhile tidies what was put up before."""
+        return Conflict(f"{self.title(name)} was deleted meanwhile", do="try again")
 
     def _pods(self, deployment: Object) -> list[Object]:
         labels = ",".join(f"{k}={v}" for k, v in deployment["spec"]["selector"]["matchLabels"].items())
