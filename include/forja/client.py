@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from forja.stages import transform
 
 if TYPE_CHECKING:
     import numpy as np
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +73,14 @@ def read(recipe: Recipe, path: Path) -> list[Item]:
 
 
 def _images(path: Path) -> Iterator[Item]:
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        for name, payload in samples.images(path):
+            yield Item(name=f"{path}/{name}", payload=payload, label=Path(path.name, name).parent.name)
+        return
     try:
-        if path.is_dir():
-            for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-                yield Item(name=str(file), payload=file.read_bytes(), label=file.parent.name)
-        elif path.suffix.lower() == ".zip":
-            yield from _zipped(path)
-        else:
-            yield Item(name=str(path), payload=path.read_bytes(), label=path.parent.name)
+        yield Item(name=str(path), payload=path.read_bytes(), label=path.parent.name)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _zipped(path: Path) -> Iterator[Item]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_SUFFIXES):
-                yield Item(name=name, payload=archive.read(name), label=Path(name).parent.name)
-    except Exception as error:  # a broken or encrypted archive raises errors of six kinds
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> BadInput:
-    return BadInput(f"file {path} can't be read", value=f"{type(error).__name__}: {error}", allowed="a whole file that may be read")
+        raise samples.unreadable(path, error) from error
 
 
 def _rows(recipe: Recipe, dataset: Table, path: Path) -> Iterator[Item]:
@@ -117,7 +99,7 @@ def _objects(path: Path) -> Iterator[Item]:
     try:
         content, problem = tables.json_value(path.read_bytes())
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise samples.unreadable(path, error) from error
     if problem is not None:
         raise BadInput(f"file {path}", value=problem, allowed="a JSON object or a list of them")
     for number, row in enumerate(content if isinstance(content, list) else [content]):

@@ -76,11 +76,14 @@ def bin_edges(features: Any, labels: Any, bins: int) -> list[list[float]]:
 
 
 def augment(batch: Tensor, training: Training, generator: torch.Generator | None = None) -> Tensor:
-    """Random shift and rotation of each image, filled with 0: float32 [N, C, H, W] to the same shape, unit and device.
+    """Random mirroring, shift and rotation of each image, filled with 0: float32 [N, C, H, W] to the same shape, unit and device.
 
-    ``training.shift`` is the largest shift in pixels, ``training.rotate`` the largest rotation in degrees, both drawn
-    uniformly; bilinear sampling. ``generator`` must live on the batch's device.
+    ``training.flip`` mirrors every second image; ``training.shift`` is the largest shift in pixels, ``training.rotate`` the largest
+    rotation in degrees, both drawn uniformly; bilinear sampling. ``generator`` must live on the batch's device.
     """
+    if training.flip:
+        mirrored = torch.rand(len(batch), generator=generator, device=batch.device) < 0.5
+        batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
     if not training.shift and not training.rotate:
         return batch
     count, _, height, width = batch.shape

@@ -7,16 +7,19 @@ import io
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from forja.errors import BadInput
 from forja.events import Sample
-from forja.recipes.base import CsvSamples, Recipe, SklearnDigits, Table
+from forja.recipes.base import ClassFolders, CsvSamples, Recipe, SklearnDigits, Table
 
 if TYPE_CHECKING:
     from _csv import Reader
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def samples(recipe: Recipe, data: Path | None) -> Iterator[Sample]:
@@ -34,11 +37,12 @@ def samples(recipe: Recipe, data: Path | None) -> Iterator[Sample]:
         if data is not None:
             raise BadInput(f"data of recipe {recipe.name}", value=str(data), allowed="none: scikit-learn brings them")
         return _digits()
+    what = "a folder or zip of class folders of images" if isinstance(kind, ClassFolders) else "a CSV file"
     if data is None:
-        raise BadInput(f"data of recipe {recipe.name}", allowed="the path of a CSV file", do="pass --data PATH (make run: DATA=PATH)")
-    if not data.is_file():
-        raise BadInput(f"data of recipe {recipe.name}", value=str(data), allowed="a CSV file that exists")
-    return _csv(recipe, kind, data)
+        raise BadInput(f"data of recipe {recipe.name}", allowed=f"the path of {what}", do="pass --data PATH (make run: DATA=PATH)")
+    if not data.exists() or (data.is_dir() and isinstance(kind, CsvSamples)):
+        raise BadInput(f"data of recipe {recipe.name}", value=str(data), allowed=f"{what} that exists")
+    return _class_folders(recipe, data) if isinstance(kind, ClassFolders) else _csv(recipe, kind, data)
 
 
 def _digits() -> Iterator[Sample]:
@@ -51,6 +55,53 @@ def _digits() -> Iterator[Sample]:
         buffer = io.BytesIO()
         Image.fromarray((image * 15).astype("uint8"), mode="L").save(buffer, format="PNG")
         yield Sample(key=f"digit-{number:04d}", label=str(label), payload=buffer.getvalue())
+
+
+def _class_folders(recipe: Recipe, path: Path) -> Iterator[Sample]:
+    classes = recipe.dataset.classes
+
+    def found() -> Iterator[Sample]:
+        for name, payload in images(path):
+            yield Sample(key=name, label=Path(name).parent.name, payload=payload)
+
+    # Before anything is created for it: a zip of something else, or one folder too high or too low.
+    folders = {Path(name).parent.name for name in image_names(path)}
+    if not folders & set(classes):
+        raise BadInput(f"folders of {path}", value=sorted(folders)[:10], allowed=f"images in folders named {', '.join(classes)}")
+    return found()
+
+
+def image_names(path: Path) -> list[str]:
+    """Names of the images in a folder or a zip, relative to it, sorted; BadInput when it can't be read."""
+    try:
+        if path.is_dir():
+            names = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise unreadable(path, error) from error
+    return sorted(n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+
+
+def images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each image of a folder or a zip, by its name relative to it, in the order of the names; BadInput for one that can't be read."""
+    names = image_names(path)
+    try:
+        if path.is_dir():
+            for name in names:
+                yield name, (path / name).read_bytes()
+        else:
+            with zipfile.ZipFile(path) as archive:
+                for name in names:
+                    yield name, archive.read(name)
+    except Exception as error:  # a broken or encrypted archive raises errors of six kinds
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> BadInput:
+    """The error for a file that is there and can't be read."""
+    return BadInput(f"file {path} can't be read", value=f"{type(error).__name__}: {error}", allowed="a whole file that may be read")
 
 
 def _csv(recipe: Recipe, kind: CsvSamples, path: Path) -> Iterator[Sample]:

@@ -56,7 +56,7 @@ def forbidden_in_library(source: str) -> list[str]:
 
 def forbidden_in_recipes(source: str) -> list[str]:
     """What a recipe or a profile must never import: anything but the standard library and these of Forja's."""
-    mine = ("forja.errors", "forja.settings", "forja.recipes", "forja.profiles", "forja.checks", "forja.datasets")
+    mine = ("forja.errors", "forja.settings", "forja.recipes", "forja.profiles", "forja.checks", "forja.datasets", "forja.edge.targets")
     found = imports(ast.parse(source))
     return [m for m in found if m.split(".")[0] not in sys.stdlib_module_names and not any(m == x or m.startswith(f"{x}.") for x in mine)]
 
@@ -68,7 +68,7 @@ def test_library_never_imports_airflow(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in LIBRARY if p.parent.name == "recipes" or p.name in ("profiles.py", "sites.py", "checks.py", "datasets.py")],
+    [p for p in LIBRARY if p.parent.name == "recipes" or p.name in ("profiles.py", "sites.py", "checks.py", "datasets.py", "targets.py")],
     ids=name,
 )
 def test_recipes_and_profiles_need_the_standard_library_alone(path: Path) -> None:

@@ -15,14 +15,22 @@ from forja.datasets import Derived as Derived
 from forja.datasets import Images as Images
 from forja.datasets import Split as Split
 from forja.datasets import Table as Table
+from forja.edge.targets import TARGETS
 
 STAGES = ("ingest", "transform", "train", "register", "optimize", "gate", "release")
-VARIANTS = ("fp32", "fp16", "int8")
+VARIANTS = ("fp32", "fp16", "bf16", "int8", "mixed")
+"""Precisions: of the whole model, or for ``mixed`` int8 with the layers that suffer from it in float16."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
-METRICS = ("accuracy", "average_precision", "agreement")
-"""Numbers that optimize measures of a variant and a gate may judge: ``agreement`` is the share of answers that are fp32's."""
+QUALITY = ("accuracy", "average_precision", "agreement", "class_recall", "calibration_error", "nonfinite")
+"""Numbers measured on answers: ``agreement`` is the share that is fp32's too, ``class_recall`` that of the worst class,
+``calibration_error`` the expected calibration error (15 bins), ``nonfinite`` how many probabilities are NaN or infinite."""
+SPEED = ("p50_ms", "p99_ms", "throughput", "engine_mb", "memory_mb")
+"""Numbers measured on the recipe's target: latency of one request, samples per second in full batches, size of the engine,
+memory of two releases side by side."""
+METRICS = QUALITY + SPEED
+"""Numbers of a variant that a gate may judge."""
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 """GPU generations that TensorRT-RTX builds for on a host without a GPU."""
 CRON = re.compile(r"@(hourly|daily|weekly|monthly)|(\S+ ){4}\S+")
@@ -44,6 +52,11 @@ class CsvSamples(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassFolders(Checked):
+    """Samples: images in folders named by their class, or a zip of them; a sample's key is its path."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source(Checked):
     """Where the events of a recipe come from."""
 
@@ -51,7 +64,7 @@ class Source(Checked):
     """Kafka topic, one record a sample: key = sample id, value = PNG or JPEG bytes, or a JSON object."""
     payload: Literal["image", "json"]
     """What a record's value holds."""
-    samples: SklearnDigits | CsvSamples
+    samples: SklearnDigits | CsvSamples | ClassFolders
     """What ``forja produce`` sends."""
     partitions: int = 4
     """Partitions of the topic when Forja creates it."""
@@ -124,6 +137,8 @@ class Training(Checked):
     """Augmentation of images: random shift of up to this many pixels."""
     rotate: float = 0.0
     """Augmentation of images: random rotation of up to this many degrees."""
+    flip: bool = False
+    """Augmentation of images: every second one is mirrored left to right."""
     balance: float = 0.0
     """Weight of rare classes in the loss: 0 counts every sample once, 1 gives every class the same sum."""
 
@@ -146,9 +161,17 @@ class Training(Checked):
 class Optimize(Checked):
     """Which variants of the model are made, and how."""
 
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = ("fp32", "fp16", "int8")
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """What sets the range of an activation in int8: all values, the range that loses least information, or a percentile."""
+    percentile: float = 99.99
+    """Percentage of an activation's values that ``percentile`` keeps in its range."""
     calibration_samples: int = 512
     """Training samples that calibrate int8, balanced over classes as far as the data allow."""
+    search_tries: int = 4
+    """Graphs that ``mixed`` tries at most, each with twice as many layers in float16 as the one before."""
+    target: Literal["gpu", "cpu"] = "gpu"
+    """Hardware whose latency counts: a GPU, or ONNX Runtime on the CPU."""
     compute_capability: str = "SM86"
     """GPU generation that TensorRT-RTX builds for ahead of time."""
     max_batch: int = 32
@@ -162,7 +185,12 @@ class Optimize(Checked):
             bool(self.variants) and set(self.variants) <= set(VARIANTS) and self.variants[0] == "fp32",
             self, "variants", self.variants, f"fp32 first, then any of {', '.join(VARIANTS[1:])}",
         )  # fmt: skip
+        methods = ("minmax", "entropy", "percentile")
+        check(self.calibration in methods, self, "calibration", self.calibration, ", ".join(methods))
+        check(50 < self.percentile <= 100, self, "percentile", self.percentile, "above 50, up to 100")
         check(self.calibration_samples >= 1, self, "calibration_samples", self.calibration_samples, "1 or more")
+        check(1 <= self.search_tries <= 16, self, "search_tries", self.search_tries, "1 to 16")
+        check(self.target in ("gpu", "cpu"), self, "target", self.target, "gpu or cpu")
         check(1 <= self.max_batch <= 1024, self, "max_batch", self.max_batch, "1 to 1024")
 
 
@@ -171,17 +199,56 @@ class Gate(Checked):
     """One rule over measured numbers of a variant; a missing number fails it."""
 
     metric: str
-    """Name of the number, as in the optimize receipt."""
+    """Name of the number: one of METRICS."""
     least: float | None = None
     """Smallest value that passes."""
+    most: float | None = None
+    """Largest value that passes."""
     max_drop: float | None = None
-    """Largest loss against the fp32 variant that passes."""
+    """Largest loss against the fp32 variant that passes; for ``class_recall`` the loss of the class that loses most."""
+    confident: bool = False
+    """With ``max_drop``: the upper end of the loss's 95 % interval counts instead of the loss itself."""
+    unmeasured: Literal["fail", "pass"] = "fail"
+    """What a speed does that no hardware of the target has measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.metric in METRICS, self, "metric", self.metric, ", ".join(METRICS))
         check(self.max_drop is None or self.max_drop >= 0, self, "max_drop", self.max_drop, "0 or more")
-        check((self.least is None) != (self.max_drop is None), self, "least", self.least, "exactly one of least and max_drop")
+        limits = [self.least, self.most, self.max_drop]
+        check(sum(x is not None for x in limits) == 1, self, "least", limits, "exactly one of least, most and max_drop")
+        check(self.max_drop is None or self.metric in QUALITY[:4], self, "max_drop", self.metric, f"for {', '.join(QUALITY[:4])}")
+        paired = ("accuracy", "average_precision", "class_recall")
+        check(
+            not self.confident or (self.max_drop is not None and self.metric in paired),
+            self, "confident", self.metric, f"max_drop of {', '.join(paired)}",
+        )  # fmt: skip
+        check(self.unmeasured in ("fail", "pass"), self, "unmeasured", self.unmeasured, "fail or pass")
+        check(self.unmeasured == "fail" or self.metric in SPEED, self, "unmeasured", self.metric, f"pass only for {', '.join(SPEED)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Checked):
+    """How Triton queues and batches requests; ``./forja tune`` finds these numbers for a machine, a site file may set others."""
+
+    instances: int = 1
+    """Copies of the model that answer at the same time."""
+    delay_us: int = 0
+    """Microseconds that a request may wait for others to fill a batch."""
+    queue: int = 256
+    """Requests that may wait; one more is refused with 503, since a queue without end is latency without end."""
+    timeout_ms: int = 10_000
+    """Milliseconds that a request may wait; then it is refused."""
+    p99_ms: float = 100.0
+    """Largest 99th percentile of a request's latency that tune accepts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(1 <= self.instances <= 64, self, "instances", self.instances, "1 to 64")
+        check(0 <= self.delay_us <= 1_000_000, self, "delay_us", self.delay_us, "0 to 1000000 microseconds")
+        check(1 <= self.queue <= 100_000, self, "queue", self.queue, "1 to 100000 requests")
+        check(1 <= self.timeout_ms <= 600_000, self, "timeout_ms", self.timeout_ms, "1 to 600000 milliseconds")
+        check(0 < self.p99_ms <= 60_000, self, "p99_ms", self.p99_ms, "above 0, up to 60000 milliseconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +259,7 @@ class Rollout(Checked):
     """Validation samples whose answers the new release must repeat before traffic moves."""
     tolerance: float = 1e-3
     """Largest difference of a probability from its golden answer."""
-    untimed: Literal["fp32", "int8", "fp16"] = "fp32"
+    untimed: Literal["fp32", "fp16", "bf16", "int8", "mixed"] = "fp32"
     """Variant that goes live when no hardware has measured the variants' speed."""
 
     def __post_init__(self) -> None:
@@ -232,6 +299,8 @@ class Profiles(Checked):
     optimize: str = "model"
     gate: str = "light"
     release: str = "release"
+    export: str = "model"
+    score: str = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +322,10 @@ class Recipe(Checked):
     """The number that people quote for this model."""
     optimize: Optimize = Optimize()
     gates: tuple[Gate, ...]
+    serving: Serving = Serving()
     rollout: Rollout = Rollout()
+    edge: tuple[str, ...] = ()
+    """Names of the devices in forja.edge.targets that get a bundle."""
     triggers: Triggers = Triggers()
     profiles: Profiles = field(default_factory=Profiles)
 
@@ -264,6 +336,7 @@ class Recipe(Checked):
         check(bool(self.owner), self, "owner", self.owner, "a person or a group")
         check(bool(self.gates), self, "gates", self.gates, "one rule or more")
         check(self.metric in ("accuracy", "average_precision"), self, "metric", self.metric, "accuracy or average_precision")
+        check(set(self.edge) <= set(TARGETS), self, "edge", self.edge, f"any of {', '.join(TARGETS)}")
         images = isinstance(self.dataset, Images)
         check(
             images == (self.source.payload == "image"),

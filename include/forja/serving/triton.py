@@ -39,6 +39,11 @@ def ready(address: str, model: str, version: str) -> bool:
     return _call(f"http://{address}/v2/models/{model}/versions/{version}/ready")[0] == 200
 
 
+def live(address: str) -> bool:
+    """Whether a Triton server answers at ``http://address``, whatever it serves."""
+    return _call(f"http://{address}/v2/health/live")[0] == 200
+
+
 def wait_ready(address: str, model: str, version: str, seconds: float, check: Callable[[], None] = lambda: None) -> None:
     """Wait until a server that was just started serves a version.
 
