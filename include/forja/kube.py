@@ -105,9 +105,14 @@ class Kube:
                 header_params={"Accept": "application/json, */*", "Content-Type": content, **self._headers},
                 _preload_content=False, _request_timeout=TIMEOUT_S, _return_http_data_only=True,
             )  # fmt: skip
-            text = answer.data.decode()  # the body comes only now, and a server that goes down may break it off
-        except ApiException as error:
-            raise _api_error(f"{method} {path}", error.status, error.reason, error.body) from error
+            # The body comes only now, and a server that goes down may break it off. A log holds whatever a process wrote.
+            text = answer.data.decode(errors="replace")
+        except (ApiException, UnicodeDecodeError) as error:
+            # The client takes an error's body for UTF-8: where it isn't, the error is what that failure happened to.
+            told = error if isinstance(error, ApiException) else error.__context__
+            if not isinstance(told, ApiException):
+                raise
+            raise _api_error(f"{method} {path}", told.status, told.reason, told.body) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unavailable(f"the Kubernetes API doesn't answer {method} {path}", value=str(error)[:300], do="try again") from error
         try:
@@ -207,7 +212,7 @@ def place(kind: str, namespace: str = "") -> str:
 
 
 def _api_error(what: str, status: int, reason: str, body: object) -> ApiError:
-    text = body.decode() if isinstance(body, bytes) else str(body or "")
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
     try:
         said = json.loads(text)
         return ApiError(what, status, str(said.get("reason") or reason), str(said.get("message") or text))

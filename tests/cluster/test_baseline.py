@@ -15,7 +15,7 @@ from cluster.baseline_site import IMAGE, TEAMS, install
 from cluster.kit.node import Node
 
 from forja import kube as k8s
-from forja.baseline import admission, plan, pods, policies, report
+from forja.baseline import admission, manifests, plan, pods, policies, report
 from forja.baseline.probes import CONTROLS, Verdict
 from forja.errors import Refused
 from forja.kube import Kube
@@ -209,6 +209,35 @@ def test_a_door_that_no_call_tries_is_seen(kube: Kube, site: Site) -> None:
     finally:
         for team in TEAMS:
             kube.delete("NetworkPolicy", f"door-{team}", site.tenants[team].namespace)
+
+
+def test_policies_where_the_calls_come_from_are_not_taken_for_the_tenants(kube: Kube, site: Site) -> None:
+    """Out of the gateway's namespace to 8000 alone, out of the probes' to DNS and what tenants may reach."""
+    assert site.gateway is not None and site.baseline is not None  # noqa: PT018
+    dns = {
+        "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}],
+        "ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")],
+    }
+    egress = {
+        site.gateway.namespace: [{"ports": [{"protocol": "TCP", "port": 8000}]}],
+        site.baseline.probe_namespace: [dns, *map(manifests.rule, site.baseline.allow)],
+    }
+    for namespace, rules in egress.items():
+        kube.create({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "out", "namespace": namespace},
+            "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": rules},
+        })  # fmt: skip
+    try:
+        found = report.prove(kube, site)
+    finally:
+        for namespace in egress:
+            kube.delete("NetworkPolicy", "out", namespace)
+    assert table(found) == red(*((team, "network", OPEN) for team in TEAMS))
+    for team in TEAMS:
+        assert failed(found, team, "network") == {
+            f"gateway to {team} model:9999", f"outside to {team} model:8000", f"outside to {team} pod:8000",
+            f"{team} gang to elsewhere:8000", f"{team} release to elsewhere:8000",
+        }  # fmt: skip
 
 
 def test_a_quota_that_was_raised_while_gpus_are_in_use_is_seen(kube: Kube, site: Site) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
-from gang_parts import DONE, FAILED, KEY, QUOTA, Api, member, operator, there
+from gang_parts import DONE, FAILED, KEY, QUOTA, Api, operator, there
 
 from forja.errors import BadInput, Unavailable
 from forja.kube import ApiError, place
@@ -113,21 +113,6 @@ def test_a_refusal_that_stays_is_told(error: Exception, quick: None, monkeypatch
     assert (told["status"], told["message"]) == ("refused", str(error))
 
 
-def test_a_member_that_is_lost_with_its_node_is_deleted_by_force(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def until(seconds: float) -> str:
-        return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)).isoformat()
-
-    pods = [member(0), member(1), member(2, code=143), member(3)]
-    for pod, seconds in zip(pods[1:], (-61, -61, -59), strict=True):
-        pod["metadata"]["deletionTimestamp"] = until(seconds)
-    api, forced = Api(there=there(), Pod=pods), []
-    monkeypatch.setattr(api, "delete", lambda kind, name, namespace, grace_s: forced.append((name, namespace, grace_s)), raising=False)
-    monkeypatch.setattr(gang_trigger.clusters, "connect", lambda _: api)
-    monkeypatch.setattr(gang_trigger.GangTrigger, "_follow", lambda *_: None)
-    assert fires(0)["status"] == "late"
-    assert forced == [("m-1", "forja-vision", 0)]
-
-
 def test_ending_a_gang_is_tried_again_while_the_api_is_away(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     api, answers = Api(there=there()), [Unavailable("away"), AirflowException("no connection"), UNKNOWN]
 
@@ -185,6 +170,39 @@ def test_a_gang_that_runs_is_watched_again_though_the_cluster_refused_to_tell(op
     with pytest.raises(AirflowException, match="the cluster refuses to tell about the gang: words"):
         resumed(op, "refused", refused=op.MAX_REDEFER_ATTEMPTS)
     assert len(op.api.asked) == 1
+
+
+@pytest.mark.parametrize("status", ["refused", "completed", "gone"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UNKNOWN, "the cluster refuses to tell about the gang: .*who?"),
+        (FORBIDDEN, "the cluster refuses to tell about the gang: .*Forbidden"),
+        (ApiError("GET", 503, "ServiceUnavailable", "etcd"), "503 ServiceUnavailable"),
+        (Unavailable("away"), "Unavailable: away"),
+    ],
+    ids=["401", "403", "503", "away"],
+)
+def test_a_refusal_that_lasts_ends_this_try_and_the_next_one_adopts_the_gang(error: Exception, said: str, status: str, op: Any) -> None:
+    """No error of the gang's, which runs: neither is the task failed for good, nor the gang removed."""
+    op.api = Away(1, there=there(), error=error)
+    with pytest.raises(AirflowException, match=said) as raised:
+        resumed(op, status)
+    assert type(raised.value) is AirflowException
+    assert op.api.asked == []
+    with pytest.raises(TaskDeferred) as deferred:
+        op.execute(context(2))
+    assert deferred.value.kwargs == {"jobset": META, "adopted": True}
+
+
+def test_a_connection_that_breaks_meanwhile_ends_this_try_alone(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(_: str) -> Any:
+        raise AirflowFailException("BadInput: connection")
+
+    monkeypatch.setattr(clusters, "connect", connect)
+    with pytest.raises(AirflowException, match="the cluster refuses to tell about the gang: BadInput: connection") as raised:
+        resumed(op, "refused")
+    assert type(raised.value) is AirflowException
 
 
 @pytest.mark.parametrize(("status", "said"), [(FAILED, "the gang failed"), (DONE, "left no receipt"), (None, "the gang is gone")])

@@ -15,6 +15,7 @@ from airflow.providers.cncf.kubernetes.operators import pod as provider
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from kubernetes.client import models as k8s
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from forja import recipes
@@ -268,6 +269,35 @@ def test_events_that_cannot_be_read_are_none(error: Exception, api: Api, made: A
     monkeypatch.setattr(api, "list_namespaced_event", fail)
     monkeypatch.setattr(podcreate._events.retry, "sleep", lambda _: None)  # type: ignore[attr-defined]
     assert podcreate.events(made(), "x", "n") == []
+
+
+@pytest.mark.parametrize("call", ["list_namespaced_pod", "delete_pod"])
+@pytest.mark.parametrize(
+    "error",
+    [ApiException(status=503, reason="busy"), ApiException(status=403, reason="no"), HTTPError("away"),
+    ConfigException("no kubeconfig"), AirflowException("no connection")],
+)  # fmt: skip
+def test_done_work_counts_though_the_cluster_is_away(
+    error: Exception, call: str, api: Api, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier try left is then removed by nobody but its own end."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    api.add("old")
+    made.run.prepared.receipt = "receipt"
+    monkeypatch.setattr(api, call, fail)
+    monkeypatch.setattr(podcreate._pods.retry, "sleep", lambda _: None)  # type: ignore[attr-defined]
+    assert made().execute(context()) == "receipt"
+    assert (api.made, api.deleted) == ([], [])
+
+
+def test_what_an_earlier_try_left_of_done_work_is_removed(api: Api, made: Any) -> None:
+    api.add("old")
+    made.run.prepared.receipt = "receipt"
+    assert made().execute(context()) == "receipt"
+    assert api.deleted == ["old"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 
 class Cluster:
-    """What the API server keeps, with Deployments whose pods are ready at once."""
+    """What the API server keeps, with Deployments whose pods are ready at once; a changed template makes new ones."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], Object] = {}
@@ -46,18 +46,26 @@ class Cluster:
         self.errors: list[ForjaError] = []
         self.listed: Callable[[], None] = lambda: None
         self.ready = True
+        self.ended: list[str] = []
+        """Phases of pods beside each Deployment's own that ended: nobody removes them, and others have taken their place."""
+        self.templates: list[Object] = []
+        """All that Deployments were made with, none twice in a row: a pod's address says which one it is of."""
         self.running = [9]
         """How many pods of each Deployment run, at each look at them; the last number stays."""
 
     def get(self, kind: str, name: str, namespace: str = "") -> Object | None:
         self._fail()
-        return copy.deepcopy(self.objects.get((kind, name)))
+        found = copy.deepcopy(self.objects.get((kind, name)))
+        if kind == "Deployment" and found is not None:
+            n = found["spec"]["replicas"] if self.ready else 0
+            found["status"] = {"observedGeneration": 1, "replicas": n, "updatedReplicas": n, "availableReplicas": n}
+        return found
 
     def list(self, kind: str, namespace: str = "", *, labels: str = "") -> list[Object]:
         self._fail()
         wanted = dict(pair.split("=") for pair in labels.split(",")).items()
         if kind == "Pod":
-            made = [pod for (k, _), d in self.objects.items() if k == "Deployment" for pod in pods(d, self.ready, self.running[0])]
+            made = [pod for (k, _), d in self.objects.items() if k == "Deployment" for pod in self._pods(d)]
             self.running = self.running[1:] or self.running
         else:
             made = [o for (k, _), o in self.objects.items() if k == kind]
@@ -86,6 +94,14 @@ class Cluster:
     def names(self) -> set[str]:
         return {name for kind, name in self.objects if kind == "Deployment"}
 
+    def _pods(self, deployment: Object) -> Iterator[Object]:
+        template = deployment["spec"]["template"]
+        subnet = max(n for n, known in enumerate(self.templates) if known == template)
+        yield from pods(deployment, subnet, self.ready, self.running[0])
+        for phase in self.ended:
+            status = {"phase": phase, "containerStatuses": [{"name": "triton", "state": {"terminated": {"exitCode": 137}}}]}
+            yield {"metadata": {"name": f"{deployment['metadata']['name']}-{phase}", **template["metadata"]}, "status": status}
+
     def _fail(self) -> None:
         if self.errors:
             raise self.errors.pop(0)
@@ -93,21 +109,22 @@ class Cluster:
     def _keep(self, manifest: Object) -> Object:
         made = copy.deepcopy(manifest)
         key = made["kind"], made["metadata"]["name"]
-        before = self.objects.get(key, {}).get("metadata", {})
+        old = self.objects.get(key, {"spec": {}})
+        before = old.get("metadata", {})
         version = int(before.get("resourceVersion", "0")) + 1
         made["metadata"].update(uid=before.get("uid", str(id(made))), resourceVersion=str(version), generation=1)
-        if key[0] == "Deployment":
-            n = made["spec"]["replicas"] if self.ready else 0
-            made["status"] = {"observedGeneration": 1, "replicas": n, "updatedReplicas": n, "availableReplicas": n}
+        if key[0] == "Deployment" and old["spec"].get("template") != made["spec"]["template"]:
+            self.templates.append(made["spec"]["template"])
         self.objects[key] = made
         return made
 
 
-def pods(deployment: Object, ready: bool, running: int) -> Iterator[Object]:
+def pods(deployment: Object, subnet: int, ready: bool, running: int) -> Iterator[Object]:
     meta = deployment["spec"]["template"]["metadata"]
     for number in range(deployment["spec"]["replicas"]):
         status = {
-            "podIP": f"10.0.{int(deployment['metadata']['name'][-2:], 36)}.{number}",
+            "podIP": f"10.0.{subnet}.{number}",
+            "phase": "Running",
             "conditions": [{"type": "Ready", "status": str(ready)}],
             "containerStatuses": [{"name": "triton", "state": {"running": {}} if number < running else {}}],
         }
@@ -175,6 +192,16 @@ class At:
         return found.version if found else ""
 
 
+class Raising:
+    """Raises its errors one after the other, or its only one each time, whatever it is called with."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> Any:
+        raise self.error
+
+
 def dying(*_: object) -> float:
     raise Killed
 
@@ -221,7 +248,21 @@ class AtDeployments(At):
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(folder, monkeypatch)
         self.cluster = Cluster()
+        self.ill = set[str]()
+        """Addresses of pods that answer wrongly, while others of the same release may not."""
         self.place = self.site()
+
+    def smoke(self, address: str, model: str, golden: object, **named: Any) -> float:
+        """As a server, or through the router any server that is live."""
+        worst = super().smoke(address, model, golden, **named)
+        route = self.place.router.read("digits")
+        if self.ill.intersection(self.place.addresses(route.live) if address == "router" else [address]):
+            raise Refused("golden answers")
+        return worst
+
+    def pods(self, name: str) -> set[str]:
+        """Addresses of a Deployment's pods."""
+        return set(self.place.addresses(name))
 
     def site(self, start_s: float = 0.5, **gateway: Any) -> Deployments:
         """The place as a site with another [gateway] has it."""

@@ -1,4 +1,4 @@
-"""What the proofs ask and compare beyond single calls: quotas in use, other resources, policies of others, witnesses of a path."""
+"""What the proofs ask and compare beyond single calls: quotas in use, other resources, policies of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forja.baseline import admission, manifests, network, plan, pods, policies, resources
-from forja.baseline.probes import Answer, Finding, Outcome, Verdict, judge
+from forja.baseline.probes import Finding, Outcome, Verdict, judge
 from forja.errors import Unavailable
 from forja.kube import ApiError, Object
 from forja.sites import Site, load_site
@@ -219,55 +219,6 @@ def test_rules_without_effect_are_no_difference(site: Site) -> None:
 @pytest.mark.parametrize("error", [ApiError("list", 403, "Forbidden", "cannot list"), Unavailable("away")], ids=["403", "away"])
 def test_policies_that_cannot_be_read_prove_nothing(site: Site, error: Exception) -> None:
     assert look(site, error).verdict is Verdict.NOT_PROVEN
-
-
-def network_verdicts(site: Site, *silent: Callable[[str], bool]) -> dict[str, Verdict]:
-    """Verdicts of a proof in which all came out as it must, but the calls whose names match got no answer."""
-    scene = network.scene(site, ["vision"])
-    answers = {s.ready: Answer(outcome=Outcome.SUCCEEDED, said="ready") for s in scene.servers}
-    for call in scene.calls:
-        no = call.refused or any(match(call.name) for match in silent)
-        answers[call.name] = Answer(outcome=Outcome.REFUSED if no else Outcome.SUCCEEDED, said="no answer" if no else "connected")
-    return {p.name: judge(p, answers).verdict for p in scene.probes}
-
-
-def test_a_proof_that_came_out_as_it_must_passes(site: Site) -> None:
-    assert set(network_verdicts(site).values()) == {Verdict.PASS}
-
-
-def test_who_cannot_leave_its_namespace_shows_no_path(site: Site) -> None:
-    """The listener is up, but what holds outside's calls back may be a policy of its own namespace."""
-    assert site.baseline is not None
-    targets = {a.address for a in site.baseline.allow}
-    found = network_verdicts(site, lambda name: name.startswith("outside to ") and name.removeprefix("outside to ") in targets)
-    assert found["outside to vision pod:8000"] is Verdict.NOT_PROVEN
-    assert found["outside to vision model:8000"] is Verdict.NOT_PROVEN
-
-
-def test_what_only_its_own_namespace_reaches_shows_no_path(site: Site) -> None:
-    found = network_verdicts(site, lambda name: name == "gateway to elsewhere:8000")
-    assert found["vision gang to elsewhere:8000"] is Verdict.NOT_PROVEN
-    assert found["vision release to elsewhere:8000"] is Verdict.NOT_PROVEN
-
-
-@pytest.mark.parametrize(
-    ("name", "verdict"),
-    [
-        ("outside to vision pod:8000", Verdict.PASS),
-        ("vision gang to elsewhere:8000", Verdict.PASS),
-        ("vision gang to models.forja-gateway.svc:80", Verdict.PASS),
-        ("vision gang to kafka.forja.svc:9092", Verdict.NOT_PROVEN),
-    ],
-)
-def test_a_rejection_counts_where_the_witness_shows_that_the_port_listens(site: Site, name: str, verdict: Verdict) -> None:
-    """Of what must succeed it doesn't: it is no pod of ours, and may just have gone down."""
-    scene = network.scene(site, ["vision"])
-    probe = next(p for p in scene.probes if p.name == name)
-    answers = {w: Answer(outcome=Outcome.SUCCEEDED, said="connected") for w in (*probe.witnesses, *probe.also)}
-    answers[name] = Answer(outcome=Outcome.REFUSED, said="x: rejected, Connection refused")
-    assert judge(probe, answers).verdict is verdict
-    nothing = {**answers, **{w: Answer(outcome=Outcome.REFUSED, said="rejected") for w in probe.witnesses}}
-    assert judge(probe, nothing).verdict is Verdict.NOT_PROVEN
 
 
 def test_a_pod_whose_making_got_no_answer_is_deleted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

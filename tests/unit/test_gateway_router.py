@@ -45,7 +45,7 @@ class Store:
         old = self.routes[name]
         if change["metadata"]["resourceVersion"] != old["metadata"]["resourceVersion"]:
             raise ApiError("PATCH", 409, "Conflict", "the object has been modified")
-        new = {**old, "spec": {**old["spec"], **change["spec"]}}
+        new = {**old, "spec": {k: v for k, v in {**old["spec"], **change["spec"]}.items() if v is not None}}
         new["metadata"] = {**old["metadata"], "annotations": change["metadata"]["annotations"]}
         made = self.put(name, copy.deepcopy(new))
         self.after_write()
@@ -126,6 +126,13 @@ def test_the_gateways_own_write_is_no_conflict(store: Store) -> None:
 
     store.before_write = seen
     assert router(store).swap(1, TWO).version == 2
+
+
+def test_a_swap_leaves_nothing_of_what_a_hand_added(store: Store) -> None:
+    router(store).swap(0, ONE)
+    store.routes["digits"]["spec"]["hostnames"] = ["models.example"]
+    router(store).swap(1, TWO)
+    assert sorted(store.routes["digits"]["spec"]) == ["parentRefs", "rules"]
 
 
 def test_gateway_that_does_not_follow_gets_the_old_route_back(store: Store) -> None:
@@ -226,11 +233,20 @@ def test_first_route_that_is_not_followed_is_attached_to_nothing(store: Store) -
     assert router(store).read("digits") == Route(model="digits", version=2)
 
 
-def test_ensure_undoes_what_a_hand_did(store: Store) -> None:
+HANDS: dict[str, Callable[[Any], object]] = {
+    "another backend": lambda spec: spec["rules"][0]["backendRefs"][0].update(name="elsewhere"),
+    "a rule more": lambda spec: spec["rules"].append({"backendRefs": []}),
+    "for some names alone": lambda spec: spec.update(hostnames=["models.example"]),
+    "no gateway": lambda spec: spec.pop("parentRefs"),
+}
+
+
+@pytest.mark.parametrize("hand", HANDS.values(), ids=HANDS)
+def test_ensure_undoes_what_a_hand_did(hand: Callable[[Any], object], store: Store) -> None:
     taken = router(store).swap(0, ONE)
     wanted = copy.deepcopy(store.routes["digits"]["spec"])
     changed = copy.deepcopy(store.routes["digits"])
-    changed["spec"]["rules"][0]["backendRefs"][0]["name"] = "elsewhere"
+    hand(changed["spec"])
     store.put("digits", changed)
     router(store).ensure("digits")
     assert store.routes["digits"]["spec"] == wanted

@@ -74,6 +74,19 @@ def test_a_server_that_is_away_is_unavailable(tmp_path: Path) -> None:
         kube.connect(config(tmp_path, "http://127.0.0.1:9")).list("Node")
 
 
+def test_a_log_may_hold_any_bytes(tmp_path: Path) -> None:
+    """What a process prints is its own business, and a read may begin or end within a character."""
+    with server(200, b"one\xff\ntwo \xc3\xa9\xc3") as (address, _):
+        assert kube.connect(config(tmp_path, address)).request("GET", "/api/v1/namespaces/a/pods/x/log") == "one\ufffd\ntwo \xe9\ufffd"
+
+
+def test_an_error_may_hold_any_bytes(tmp_path: Path) -> None:
+    """As of a proxy before the API server, in the encoding of its own language."""
+    with server(503, b"ferm\xe9") as (address, _), pytest.raises(kube.ApiError, match="ferm\ufffd") as raised:
+        kube.connect(config(tmp_path, address)).list("Pod")
+    assert raised.value.status == 503
+
+
 def test_an_answer_that_breaks_off_is_unavailable(tmp_path: Path) -> None:
     """As from a server that goes down while it answers."""
     with server(200, b'{"items": [', missing=99) as (address, _), pytest.raises(Unavailable, match="GET /api/v1/nodes"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.serving_places import PLACES, At, AtDeployments, candidate
+from unit.serving_places import PLACES, At, AtDeployments, Raising, candidate
 
 from forja.errors import Conflict, ForjaError, Refused, Unavailable
 from forja.kube import ApiError
@@ -134,16 +134,6 @@ def test_a_newer_release_comes_over_an_older_one_by_a_retry(at: At) -> None:
     at.release("8")
     at.release("9")
     assert at.live() == "9"
-
-
-class Raising:
-    """Raises its errors one after the other, or its only one each time, whatever it is called with."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __call__(self, *_: object, **__: object) -> Any:
-        raise self.error
 
 
 def test_a_changed_image_is_proven_beside_what_is_live(there: AtDeployments) -> None:

@@ -3,8 +3,9 @@
 Each tenant gets two pods that listen, one as Triton's and a gang's, one as nobody's, and two that call, as the release stage's and as a
 gang member's. A pod in the gateway's namespace and one in a namespace without policies call them all. Traffic into a tenant comes from
 where nothing holds it back, traffic out of it goes where nothing keeps it out, so each tenant's verdict is about its own policies.
-That nothing does is shown too: who calls from outside must get somewhere beyond its own namespace, and what is called elsewhere must be
-reached from another namespace.
+That nothing does is shown too, on the very port that is refused: each of the two namespaces has a pod that listens, which the other
+one's caller must reach. So a policy there that closes a port, or shuts the namespace off, is never taken for the tenants' own; one that
+names the tenants' namespaces would be.
 """
 
 from __future__ import annotations
@@ -115,31 +116,32 @@ def scene(site: Site, teams: Sequence[str]) -> Scene:
     baseline, gateway = manifests.parts(site)
     outside = Client(name="outside", role="outside", namespace=baseline.probe_namespace)
     front = Client(name="gateway", role="gateway", namespace=gateway.namespace)
-    elsewhere = Server(name="elsewhere", role="elsewhere", namespace=baseline.probe_namespace, ports=(MODEL_PORT,))
+    elsewhere = Server(name="elsewhere", role="elsewhere", namespace=baseline.probe_namespace, ports=(MODEL_PORT, OTHER_PORT))
+    beyond = Server(name="gateway pod", role="pod", namespace=gateway.namespace, ports=(MODEL_PORT,))
     order = sorted(site.tenants)
     places = {team: place(site.tenants[team]) for team in order}
+    leaves, (comes, comes_by_other) = _dial(outside, beyond, MODEL_PORT), [_dial(front, elsewhere, port) for port in elsewhere.ports]
     witnesses = [
-        Call(client=outside, host=elsewhere, port=MODEL_PORT, refused=False),
+        _dial(outside, elsewhere, MODEL_PORT),
         Call(client=outside, host=DNS, port=0, refused=False),
-    ]
-    witnesses += [_to(outside, allow, refused=False) for allow in baseline.allow]
-    witnesses.append(_dial(front, elsewhere, MODEL_PORT))
-    beyond = tuple(_to(outside, a, refused=False).name for a in baseline.allow if a.namespace != outside.namespace) or (witnesses[1].name,)
+        *(_to(outside, allow, refused=False) for allow in baseline.allow),
+        leaves, comes, comes_by_other,
+    ]  # fmt: skip
     calls, probes = {c.name: c for c in witnesses}, list[Probe]()
     for team in teams:
         mine, index = places[team], order.index(team)
         pairs = [*_inwards(mine, front, outside), *_outwards(mine, outside, elsewhere, baseline.allow)]
-        also = {outside: beyond, mine.gang: (witnesses[-1].name,), mine.release: (witnesses[-1].name,)}
+        also = {outside: leaves, front: comes_by_other, mine.gang: comes, mine.release: comes}
         if len(order) > 1:
             pairs += _across(mine, places[order[(index + 1) % len(order)]], front)
         for call, seen in pairs:
             calls[call.name] = call
-            ours, needs_path = isinstance(call.host, Server), call.refused and (call.client == outside or call.host == elsewhere)
+            ours, needs_path = isinstance(call.host, Server), call.refused and (call.client in (outside, front) or call.host == elsewhere)
             probes.append(Probe(
                 team=team, control="network", name=call.name, refused=call.refused, witnesses=seen,
                 # What must be reached and is no pod of ours may have gone down since its witness reached it.
                 reason=REJECTED if call.refused or ours else DROPPED,
-                also=also[call.client] if needs_path else (),
+                also=(also[call.client].name,) if needs_path else (),
             ))  # fmt: skip
     # What a probe's witness is, has to be called too, also of a neighbour that isn't asked about.
     for other in places.values():
@@ -147,7 +149,7 @@ def scene(site: Site, teams: Sequence[str]) -> Scene:
             if any(call.name in p.witnesses for p in probes):
                 calls.setdefault(call.name, call)
     used = {c.host.name for c in calls.values() if isinstance(c.host, Server)}
-    servers = [s for s in (elsewhere, *(s for p in places.values() for s in (p.model, p.plain))) if s.name in used]
+    servers = [s for s in (elsewhere, beyond, *(s for p in places.values() for s in (p.model, p.plain))) if s.name in used]
     return Scene(servers=tuple(servers), calls=tuple(calls.values()), probes=tuple(probes))
 
 

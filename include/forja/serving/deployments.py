@@ -93,11 +93,9 @@ class Deployments:
         return triton_pod.name(self._serving, release)
 
     def put(self, name: str, bundle: Bundle, route: Route) -> None:
-        """See ``Place``. A release that is live already, and wrong, gets new pods before its old ones go."""
-        found, again = self._deployment(name), ""
-        if found is not None:
-            with contextlib.suppress(KeyError, ValueError, TypeError):
-                again = str(route.version) if name in route.backends else triton_pod.marks(found).again
+        """See ``Place``. A release that is there already gets new pods, before its old ones go: those may be what answers wrongly."""
+        found = self._deployment(name)
+        again = _again(found, route) if found else ""
         self._apply(bundle.release, Marks(path=bundle.path, sha256=bundle.sha256, beside=route.version, again=again))
         self._wait(name, bundle.release)
 
@@ -224,7 +222,9 @@ class Deployments:
     def _pods(self, deployment: Object) -> list[Object]:
         labels = ",".join(f"{k}={v}" for k, v in deployment["spec"]["selector"]["matchLabels"].items())
         found = self._kube.list("Pod", self._serving.namespace, labels=labels)
-        return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+        # One that ended, evicted or refused by its node, stays listed; its ReplicaSet has made another one.
+        ended = ("Failed", "Succeeded")
+        return [p for p in found if not p["metadata"].get("deletionTimestamp") and p.get("status", {}).get("phase") not in ended]
 
     def _load_error(self, release: Release, pods: list[Object]) -> Refused | None:
         """Why a running server can't load the release, by its own word: a pod that isn't ready is asked directly."""
@@ -259,6 +259,21 @@ def _beside(deployment: Object) -> int | None:
         return triton_pod.marks(deployment).beside
     except (KeyError, ValueError, TypeError):
         return None
+
+
+def _again(deployment: Object, route: Route) -> str:
+    """See ``Marks.again``: another one for new pods; that of the Deployment where its pods are to be gone on with.
+
+    Those are the ones that were live and proven before, and what a try of this release that was killed put up beside this very
+    version of the route.
+    """
+    name = deployment["metadata"]["name"]
+    try:
+        marks = triton_pod.marks(deployment)
+        begun = name not in route.backends and marks.beside == route.version
+        return marks.again if begun or name == route.before else str(int(marks.again or 0) + 1)
+    except (KeyError, ValueError, TypeError):
+        return str(route.version)
 
 
 def _rolled_out(deployment: Object) -> bool:

@@ -111,6 +111,8 @@ class GatewayRouter:
                     self._kube.create(wanted)
                 else:
                     wanted["metadata"]["resourceVersion"] = found["metadata"]["resourceVersion"]
+                    # A merge leaves what isn't named, as host names that somebody added: null removes it.
+                    wanted["spec"] = {**dict.fromkeys(found["spec"]), **wanted["spec"]}
                     self._kube.patch("HTTPRoute", name(new.model), wanted, self._namespace)
             except ApiError as error:
                 if error.status != 409:

@@ -110,13 +110,21 @@ def _env(name: str, nodes: int, queue_s: int) -> list[Object]:
     ]
 
 
-def submit(kube: Kube, wanted: Object, *, patience_s: float = 120, heed: Callable[[], None] = lambda: None) -> tuple[Object, str]:
+def submit(
+    kube: Kube,
+    wanted: Object,
+    *,
+    patience_s: float = 120,
+    heed: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Object, str]:
     """Create the JobSet, or take over the one that does this very work; one that has ended makes room for it.
 
     To be called when there is no receipt, so that of one that completed nothing is left.
 
     Args:
         heed: called between tries; may raise.
+        say: told what is done by force.
 
     Returns:
         The JobSet, and how it was taken over: empty for one that this call made.
@@ -142,6 +150,9 @@ def submit(kube: Kube, wanted: Object, *, patience_s: float = 120, heed: Callabl
                 same = there["metadata"].get("annotations", {}).get(SPEC) == meta["annotations"][SPEC]
                 return there, "as it is" if same else "though it was started with other settings"
             remove(kube, there)
+        # It is gone only after all of its pods, and nobody else looks at them by now.
+        for name in remove_lost(kube, pods(kube, there), time.time()):
+            say(f"pod {name} is lost with its node and deleted by force")
         heed()
         time.sleep(0.5)
     raise Conflict(f"JobSet {meta['name']} in {meta['namespace']} ended and isn't gone", do="try again")

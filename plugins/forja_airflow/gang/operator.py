@@ -67,7 +67,7 @@ class GangStageOperator(PodStageOperator):
         """The JobSet, made or taken over; what the API refuses means the same as for a pod."""
         with runs.airflow_errors():
             try:
-                return jobsets.submit(self._kube(), wanted, heed=lambda: self.heed(context))
+                return jobsets.submit(self._kube(), wanted, heed=lambda: self.heed(context), say=runs.log.warning)
             except ApiError as error:
                 quota = create.QUOTA.search(error.message)
                 passing = error.status not in create.FINAL or (quota is not None and not create.hopeless(quota[1]))
@@ -116,11 +116,9 @@ class GangStageOperator(PodStageOperator):
             AirflowFailException: the gang failed for good.
             AirflowException: it is worth another try.
         """
-        self._gang = jobset
-        kube, status = self._kube(), event["status"]
+        self._gang, status = jobset, event["status"]
+        kube, there = self._found(jobset)
         with runs.airflow_errors():
-            there = kube.get("JobSet", jobset["metadata"]["name"], jobset["metadata"]["namespace"])
-            there = there if there is not None and there["metadata"]["uid"] == jobset["metadata"]["uid"] else None
             if status == "refused":
                 status = "gone" if there is None else jobsets.state(there)
                 if there is not None and status == "running":
@@ -137,6 +135,21 @@ class GangStageOperator(PodStageOperator):
             finally:
                 jobsets.remove(kube, jobset)
         raise failure(status, event["message"], end)
+
+    def _found(self, jobset: Object) -> tuple[Kube, Object | None]:
+        """The cluster, and the gang as it is there; None when it isn't.
+
+        Raises:
+            AirflowException: no answer, or a refusal, which says nothing about the gang: the next try adopts it.
+        """
+        meta = jobset["metadata"]
+        try:
+            with runs.airflow_errors():
+                kube = self._kube()
+                there = kube.get("JobSet", meta["name"], meta["namespace"])
+        except AirflowFailException as error:
+            raise AirflowException(f"the cluster refuses to tell about the gang: {error}") from error
+        return kube, there if there is not None and there["metadata"]["uid"] == meta["uid"] else None
 
     def _adopt(self, context: Context, times: dict[str, float], gone: str) -> str:
         """The receipt that member 0 left.

@@ -55,6 +55,7 @@ class GangTrigger(BaseTrigger):
         self._pod, self._attempt = "", 0
         self._last: datetime.datetime | None = None
         self._buried: set[str] = set()
+        self._mute = False
         self._whole = time.monotonic()
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -116,9 +117,9 @@ class GangTrigger(BaseTrigger):
         if jobset is None or jobset["metadata"]["uid"] != self.uid:
             return "gone", "somebody removed its JobSet"
         members = jobsets.pods(kube, jobset)
-        self._tell(kube, jobset, members)
         for name in jobsets.remove_lost(kube, members, time.time()):
             self.log.warning("pod %s is lost with its node and deleted by force", name)
+        self._tell(kube, jobset, members)
         state = jobsets.state(jobset)
         if jobset["metadata"].get("deletionTimestamp") and state != "completed":
             return "", ""  # somebody removes it, so that its members fail: it is gone soon
@@ -146,7 +147,7 @@ class GangTrigger(BaseTrigger):
             self.log.warning("the gang begins again from its newest checkpoint, restart %s of %s", attempt, most)
 
     def _follow(self, kube: Kube, pod: Object) -> None:
-        """Lines of a pod's log that came since the last look."""
+        """Lines of a pod's log that came since the last look; a log that can't be read hides nothing else of the gang."""
         if pod["metadata"]["uid"] != self._pod:
             self._pod, self._last = pod["metadata"]["uid"], None
         query: dict[str, object] = {"timestamps": "true"}
@@ -154,11 +155,15 @@ class GangTrigger(BaseTrigger):
             query["sinceSeconds"] = seconds
         try:
             text = kube.request("GET", f"{place('Pod', self.namespace)}/{pod['metadata']['name']}/log", query=query)
-        except ApiError as error:
-            if error.status in (400, 404):  # its container hasn't started, or is gone
-                return
-            raise
-        for moment, line in log.new(str(text).splitlines(), self._last):
+        except ForjaError as error:
+            early = isinstance(error, ApiError) and error.status in (400, 404)  # its container hasn't started, or is gone
+            if not early and not self._mute:
+                self._mute = True
+                self.log.warning("the log of pod %s can't be read now: %s", pod["metadata"]["name"], error)
+            return
+        self._mute = False
+        # Only lines of the cluster's own have a time: what else may end a line, as a progress bar's return, stands within one.
+        for moment, line in log.new(str(text).split("\n"), self._last):
             self._last = moment
             self.log.info("%s", line)
 

@@ -13,6 +13,7 @@ from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generi
 from airflow.providers.cncf.kubernetes.operators.pod import POD_IDENTIFIER_STATE_KEY
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from forja_airflow.pods import reason
@@ -68,10 +69,14 @@ def left(operator: Any, context: Context) -> Any:
 
 
 def remove(operator: Any, context: Context) -> None:
-    """Delete what an earlier try left, when the work is known to be done."""
-    if context["ti"].try_number > 1:
+    """Delete what an earlier try left, when the work is known to be done; a cluster that is away doesn't undo it."""
+    if context["ti"].try_number == 1:
+        return
+    try:
         for pod in _pods(operator, context):
             _delete(operator, pod)
+    except (ApiException, HTTPError, ConfigException, AirflowException) as error:
+        operator.log.warning("what an earlier try left can't be removed: %s", getattr(error, "reason", error))
 
 
 def create(operator: Any, request: Any, context: Context) -> Any:
