@@ -26,7 +26,8 @@ class Lineage:
     def variants(self) -> list[dict[str, Any]]:
         """Numbers and engine of each variant, fp32 first."""
         ordered = sorted(self.optimize, key=lambda r: VARIANTS.index(r.variant))
-        return [{"variant": r.variant, "metrics": r.metrics, "engine": r.facts["engine"]} for r in ordered]
+        judged = self.gate.facts["variants"]
+        return [{"variant": r.variant, "metrics": r.metrics | judged[r.variant], "engine": r.facts["engine"]} for r in ordered]
 
 
 def of_release(lake: Lake, release: Receipt) -> Lineage:

@@ -6,6 +6,7 @@ Without a GPU DALI runs on the CPU (``device_id=None``); with one, images are de
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,20 @@ def arrays(work: Work, receipt: Receipt, dataset: Images | Table, split: str) ->
         labels.append(numbers.as_array()[:, 0])
     # The last batch is filled up with repetitions.
     return Arrays(inputs=np.concatenate(inputs)[:count].astype("float32"), labels=np.concatenate(labels)[:count].astype("int64"), keys=keys)
+
+
+def payloads(work: Work, receipt: Receipt, split: str) -> tuple[list[bytes], np.ndarray[Any, Any], list[str]]:
+    """A split's samples as they came, in the order of ``arrays``: encoded bytes, class numbers int64 [N], keys."""
+    import numpy as np
+
+    found: dict[str, list[bytes]] = {"payload": [], "cls": []}
+    for path in fetch(work, receipt, split).paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                found["cls" if member.name.endswith(".cls") else "payload"].append(file.read() if file else b"")
+    labels = np.frombuffer(b"".join(found["cls"]), "<i4").astype("int64")
+    return found["payload"], labels, json.loads(work.load(receipt, "keys.json"))[split]
 
 
 def decode(payloads: Sequence[bytes], dataset: Images) -> Iterator[np.ndarray[Any, Any] | None]:

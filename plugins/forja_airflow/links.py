@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PAGE = "/forja/receipts/"
 """Where the page of forja_airflow.page is mounted."""
+REPORT = "/forja/report/"
+"""Where it shows the report of a run, by its gate's receipt."""
 
 
 def receipt_url(path: str) -> str:
@@ -33,12 +35,14 @@ class ReceiptLink(BaseOperatorLink):
 
 
 class ReportLink(BaseOperatorLink):
-    """The receipt's lines for people."""
+    """The page that a gate made of the run; of other stages the receipt's lines for people."""
 
     name = "Report"
 
     def get_link(self, operator: Any, *, ti_key: TaskInstanceKey) -> str:
         """Address, empty when the task left no receipt."""
+        if operator.verb == "gate" and operator.receipt:
+            return receipt_url(operator.receipt).replace(PAGE, REPORT, 1)
         url = receipt_url(operator.receipt)
         return f"{url}#report" if url else ""
 

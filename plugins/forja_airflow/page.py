@@ -18,6 +18,8 @@ from forja.settings import Settings
 from forja_airflow import receipt_html
 
 RECEIPT = re.compile(r"[a-z][a-z0-9_]*/(?P<recipe>[a-z][a-z0-9_]*)/[a-z]+/[0-9a-f]{32}/receipt(-\d{6})?\.json")
+REPORT = "report.html"
+"""Output of a gate."""
 
 HEADERS = {
     # Everything is in the page itself; nothing in it may run.
@@ -51,6 +53,19 @@ AllowedDep = Annotated[Receipt, Depends(allowed)]
 def show(receipt: AllowedDep) -> Response:
     """The page."""
     return Response(receipt_html.page(receipt, Settings.from_env().mlflow), media_type="text/html; charset=utf-8", headers=HEADERS)
+
+
+@app.get("/report/{path:path}")
+def report(receipt: AllowedDep) -> Response:
+    """The report of a run, as its gate made it; 404 for a receipt without one."""
+    if REPORT not in receipt.outputs:
+        raise HTTPException(404, "this receipt has no report")
+    output = receipt.outputs[REPORT]
+    try:
+        content = Lake(Settings.from_env().lake).read(output.path, output.sha256)
+    except Damaged as error:
+        raise HTTPException(404, str(error)) from error
+    return Response(content, media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
 @app.get("/json/{path:path}")

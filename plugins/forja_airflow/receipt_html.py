@@ -51,7 +51,7 @@ def page(receipt: Receipt, mlflow: str) -> str:
     refused = receipt.facts.get("refused")
     inputs = [(name, _ref(item.ref, up)) for name, items in receipt.inputs.items() for item in items]
     outputs = [
-        (name, f"<code>{escape(o.path)}</code><br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…")
+        (name, f"{_shown(name, receipt, up)}<br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…")
         for name, o in receipt.outputs.items()
     ]
     lines = escape("\n".join(receipt.report))
@@ -76,6 +76,12 @@ def page(receipt: Receipt, mlflow: str) -> str:
     ]
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{escape(title)} of {escape(receipt.recipe)}"
     return f"<!doctype html><html lang=en><head>{head}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+
+
+def _shown(name: str, receipt: Receipt, up: str) -> str:
+    """An output's path; that of a report is a link to it."""
+    path = f"<code>{escape(receipt.outputs[name].path)}</code>"
+    return f"<a href='{up}../report/{quote(receipt.path)}'>{path}</a>" if name == "report.html" else path
 
 
 def _section(anchor: str, title: str, body: str, tag: str = "section") -> str:

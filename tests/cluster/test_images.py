@@ -66,7 +66,7 @@ def problems(facts: dict[str, Any], image: str) -> Iterator[str]:
         yield f"secrets of the build: {facts['secrets']}"
     if facts["strangers"] or not facts["a_stranger"]:
         yield f"{facts['strangers']} certificates of another machine (the probe knows {facts['a_stranger']})"
-    if facts["environments"] != [image] or not facts["prefix"].startswith("/opt/forja-cache/"):
+    if facts["environments"] != (["ml", "serving"] if image == "ml" else [image]) or not facts["prefix"].startswith("/opt/forja-cache/"):
         yield f"environments {facts['environments']} where it should be {image}; Python's is {facts['prefix']}"
     if missing := [path for path, there in facts["named"].items() if not there]:
         yield f"the code names what Dockerfile.dockerignore keeps out: {missing}"

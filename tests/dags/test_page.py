@@ -13,7 +13,7 @@ from urllib.parse import urljoin
 
 import pytest
 
-from forja.lake import Lake
+from forja.lake import Lake, sha256
 from forja.receipts import Input, Output, Receipt
 from forja.services import airflow
 from forja.settings import Settings
@@ -66,7 +66,7 @@ def client(server: Any, role: str | None) -> Any:
     return web
 
 
-@pytest.mark.parametrize("address", [f"/forja/receipts/{PATH}", f"/forja/json/{PATH}", "/forja/receipts/none"])
+@pytest.mark.parametrize("address", [f"/forja/receipts/{PATH}", f"/forja/json/{PATH}", f"/forja/report/{PATH}", "/forja/receipts/none"])
 def test_nobody_reads_it_without_logging_in(server: Any, lake: Lake, address: str) -> None:
     assert client(server, None).get(address).status_code == 401
     forged = client(server, None)
@@ -115,6 +115,24 @@ def test_tables_and_numbers_are_for_people(server: Any, lake: Lake) -> None:
     assert "<td>version</td><td><code>1</code></td>" in text
     assert "1,095,988" in text
     assert "finished 2026-01-01 00:00:09 UTC" in text
+
+
+def test_the_report_of_a_run(server: Any, lake: Lake) -> None:
+    """The gate's receipt leads to it; a receipt without one, and a report that is damaged, are not found."""
+    page, path = b"<!doctype html><title>report</title>", f"vision/digits/gate/{KEY}/receipt.json"
+    output = Output(path=f"vision/digits/gate/{KEY}/report.html", sha256=sha256(page), bytes=len(page))
+    lake.create(output.path, page)
+    lake.create(path, dataclasses.replace(RECEIPT, stage="gate", outputs={"report.html": output}).to_json())
+    web = client(server, "viewer")
+    address = f"/forja/receipts/{path}"
+    links = [urljoin(address, link) for link in re.findall(r"href='([^']+)'", web.get(address).text)]
+    assert f"/forja/report/{path}" in links
+    answer = web.get(f"/forja/report/{path}")
+    assert (answer.status_code, answer.content) == (200, page)
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert web.get(f"/forja/report/{PATH}").status_code == 404
+    lake.replace(output.path, b"another page")
+    assert web.get(f"/forja/report/{path}").status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def test_chain_then_adoption(bag: Any, place: Path, raw: str) -> None:
     assert xcom(train, "_link_ReceiptLink") == f"/forja/receipts/{xcom(train, 'return_value')}"
     assert xcom(train, "_link_ReportLink").endswith("/receipt.json#report")
     assert xcom(train, "_link_MlflowLink").endswith("/#/runs/abc123")
+    (gate,) = first["gate"]
+    assert xcom(gate, "_link_ReportLink") == f"/forja/report/{xcom(gate, 'return_value')}"
 
     again = run(bag, "digits")
     assert states(again) == states(first)

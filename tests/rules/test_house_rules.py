@@ -115,7 +115,7 @@ def test_functions_stay_short(path: Path) -> None:
 
 KNOWN = {
     ".py", ".toml", ".json", ".yaml", ".yml", ".md", ".txt", ".xml", ".properties", ".sha256", ".lock", ".csv", ".png", ".svg", ".sh",
-    ".dockerignore", ".go", ".mod", ".sum",
+    ".dockerignore", ".go", ".mod", ".sum", ".html",
 }  # fmt: skip
 """Endings of files."""
 

@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forja import evaluation, loading, quantize, recipes, samples
+from forja import evaluation, loading, recipes, samples
 from forja.lake import Lake, sha256
+from forja.precision import calibration, int8
 from forja.receipts import Receipt
 from forja.recipes.base import Recipe, Table
 from forja.settings import Settings
@@ -42,10 +43,10 @@ def digits() -> dict[str, Any]:
             held = loading.arrays(work, dataset, turned.dataset, "test")
             answers = evaluation.answers(onnx, held.inputs)
             train = loading.arrays(work, dataset, turned.dataset, "train")
-            chosen = quantize.balanced(train.labels.tolist(), train.keys, recipe.optimize.calibration_samples)
-            int8 = quantize.int8(onnx, train.inputs[chosen], work.scratch)
+            chosen = calibration.balanced(train.labels.tolist(), train.keys, recipe.optimize.calibration_samples)
+            quantized = int8.int8(onnx, train.inputs[chosen], work.scratch)
             accuracy.append(evaluation.accuracy(answers, held.labels))
-            disagree.append(1 - evaluation.agreement(evaluation.answers(int8, held.inputs), answers))
+            disagree.append(1 - evaluation.agreement(evaluation.answers(quantized, held.inputs), answers))
             counts.append(len(held.labels))
     share = sum(d * n for d, n in zip(disagree, counts, strict=True)) / sum(counts)
     return {

@@ -13,7 +13,7 @@ RECIPE = Recipe(
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
     model=Cnn(width=16, blocks=4, dropout=0.0),
-    training=Training(epochs=12, batch_size=128, learning_rate=1e-2, weight_decay=5e-3, shift=3, flip=True),
+    training=Training(epochs=16, batch_size=128, learning_rate=6e-3, weight_decay=5e-2, shift=3, flip=True),
     optimize=Optimize(calibration="entropy", calibration_samples=500, max_batch=64),
     gates=(
         Gate(metric="accuracy", least=0.75),

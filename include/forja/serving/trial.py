@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forja import envs
-from forja.errors import Refused, Unavailable
+from forja.errors import Unavailable
 from forja.services import triton as program
 from forja.serving import triton
 from forja.settings import Settings
@@ -51,12 +51,10 @@ def server(settings: Settings, repository: Path, scratch: Path) -> Iterator[Tria
         scratch: a folder for its log.
 
     Raises:
-        Refused: no serving environment here.
+        BadInput: the serving environment hasn't been made.
         Unavailable: it ended, or doesn't answer in time; the end of its log is in the message.
     """
     python = envs.python("serving", settings)
-    if not python.is_file():
-        raise Refused("serving environment", value=str(python), allowed="one that is made", do="./forja setup serving")
     program.make_backends(settings, python)
     ports, prefix, log = _free_ports(3), f"forja_trial_{secrets.token_hex(6)}_", scratch / "triton.log"
     command = program.command(settings, python, repository, address="127.0.0.1", ports=ports, shm_prefix=prefix)
@@ -103,11 +101,7 @@ def _wait_live(trial: Trial, process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], prefix: str) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
+    # At once: there is nothing to save, and an orderly end takes seconds.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -102,7 +102,8 @@ def resources(profile: Profile) -> k8s.V1ResourceRequirements:
 
 def environment(profile: Profile, site: str) -> dict[str, str]:
     """Plain environment variables: folders that can be written, threads, and the profile's own."""
-    folders = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "XDG_CACHE_HOME": CACHE, "FORJA_STATE": f"{SCRATCH}/state", "FORJA_CACHE": CACHE}
+    # FORJA_CACHE stays what the image says: the environments are in it.
+    folders = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "XDG_CACHE_HOME": CACHE, "FORJA_STATE": f"{SCRATCH}/state"}
     threads = dict.fromkeys(runs.THREADS, str(max(1, int(profile.cpus))))
     return {**threads, **folders, **profile.env, "FORJA_SITE": site, "FORJA_RECEIPT_FILE": SAID, "PYTHONUNBUFFERED": "1"}
 
