@@ -108,7 +108,7 @@ class Served(nn.Module):
         return torch.softmax(self.module(inputs), dim=1)
 
 
-class _Normalize(nn.Module):
+class Normalize(nn.Module):
     """(x - mean) / std along dimension 1 of an input with ``dims`` dimensions."""
 
     mean: Tensor
@@ -148,7 +148,7 @@ class _Resnet(nn.Module):
 
     def __init__(self, model: Cnn, channels: int, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.normalize = _Normalize(mean, std, dims=4)
+        self.normalize = Normalize(mean, std, dims=4)
         widths = [model.width * 2**i for i in range(model.blocks)]
         self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         pairs = zip([widths[0], *widths], widths, strict=False)
@@ -188,7 +188,7 @@ class _Perceptron(nn.Module):
 
     def __init__(self, model: Mlp, classes: int, mean: Sequence[float], std: Sequence[float], edges: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        self.normalize = _Normalize(mean, std, dims=2)
+        self.normalize = Normalize(mean, std, dims=2)
         self.encode = _PiecewiseLinear(edges) if edges else None
         layers: list[nn.Module] = []
         width = len(mean) + (self.encode.width if self.encode else 0)

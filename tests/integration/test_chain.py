@@ -208,7 +208,7 @@ BAD = {
     "a CSV without a column": (["run", "ai4i", "--data", "{cut}"], "columns of"),
     "a path that isn't there": (["run", "ai4i", "--data", "/nowhere.csv"], "'/nowhere.csv'"),
     "no path at all": (["run", "ai4i"], "pass --data PATH"),
-    "an unknown recipe": (["run", "nosuch"], "'nosuch'; allowed: ai4i, digits"),
+    "an unknown recipe": (["run", "nosuch"], "'nosuch'; allowed: ai4i, cifar10, digits"),
     "an image that is none": (["predict", "digits", "{cut}"], "doesn't decode"),
     "an unknown stage": (["stage", "dance", "--recipe", "digits"], "'dance'"),
 }

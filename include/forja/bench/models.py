@@ -36,10 +36,10 @@ def digits() -> dict[str, Any]:
     """Five folds: accuracy of fp32 on held-out samples, and the share of them that int8 answers differently."""
     recipe = recipes.load("digits")
     accuracy, disagree, counts = [], [], []
-    with _lake(recipe, None) as (settings, raw):
+    with lake(recipe, None) as (settings, raw):
         for fold in range(FOLDS):
             turned = _turned(recipe, fold)
-            work, dataset, onnx = _trained(settings, turned, raw)
+            work, dataset, onnx = trained(settings, turned, raw)
             held = loading.arrays(work, dataset, turned.dataset, "test")
             answers = evaluation.answers(onnx, held.inputs)
             train = loading.arrays(work, dataset, turned.dataset, "train")
@@ -65,7 +65,7 @@ def ai4i(data: Path) -> dict[str, Any]:
     assert isinstance(recipe.dataset, Table)  # noqa: S101 - our own recipe
     kinds = {"raw": dataclasses.replace(recipe, dataset=dataclasses.replace(recipe.dataset, derived=())), "engineered": recipe}
     found = {}
-    with _lake(recipe, data) as (settings, raw):
+    with lake(recipe, data) as (settings, raw):
         for name, kind in kinds.items():
             found[name] = _difference([_against_peer(settings, _turned(kind, fold), raw, fold) for fold in range(FOLDS)])
     return {"ai4i_ap_delta": min(f["low"] for f in found.values()), "ai4i": found}
@@ -80,25 +80,26 @@ def _turned(recipe: Recipe, fold: int) -> Recipe:
 
 
 @contextlib.contextmanager
-def _lake(recipe: Recipe, data: Path | None) -> Any:
+def lake(recipe: Recipe, data: Path | None) -> Any:
     """A lake whose raw table holds the recipe's samples; no MLflow, no Kafka."""
     import pyarrow as pa
 
+    cache = str(Settings.from_env().cache)
     with tempfile.TemporaryDirectory(prefix="forja-bench-") as folder:
-        settings = Settings.from_env({"FORJA_STATE": folder, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
-        lake, path = Lake(settings.lake), ingest.table_path(recipe.team, recipe.name)
+        settings = Settings.from_env({"FORJA_STATE": folder, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "FORJA_CACHE": cache})
+        place, path = Lake(settings.lake), ingest.table_path(recipe.team, recipe.name)
         rows = [
             {
                 "key": s.key, "label": s.label, "payload": s.payload, "sha256": sha256(s.payload), "error": None, "topic_id": "bench",
                 "partition": 0, "offset": offset, "time": 0,
             } for offset, s in enumerate(samples.samples(recipe, data))
         ]  # fmt: skip
-        table = ingest.open_table(lake, path)
+        table = ingest.open_table(place, path)
         ingest.commit(table, pa.Table.from_pylist(rows, schema=pa.schema(ingest.schema())), {"bench-0": len(rows)}, {"bench-0": None})
         yield settings, f"{path}@1"
 
 
-def _trained(settings: Settings, recipe: Recipe, raw: str) -> tuple[Work, Receipt, bytes]:
+def trained(settings: Settings, recipe: Recipe, raw: str) -> tuple[Work, Receipt, bytes]:
     """Dataset and exported network of a recipe."""
     dataset, _ = harness.execute(settings, "transform", recipe, {"raw": [raw]})
     training, _ = harness.execute(settings, "train", recipe, {"dataset": [dataset.path]})
@@ -117,7 +118,7 @@ def _against_peer(settings: Settings, recipe: Recipe, raw: str, seed: int) -> di
     import numpy as np
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    work, dataset, onnx = _trained(settings, recipe, raw)
+    work, dataset, onnx = trained(settings, recipe, raw)
     train, validation, test = (loading.arrays(work, dataset, recipe.dataset, split) for split in ("train", "validation", "test"))
     peer = HistGradientBoostingClassifier(random_state=seed)
     peer.fit(np.concatenate([train.inputs, validation.inputs]), np.concatenate([train.labels, validation.labels]))

@@ -11,22 +11,22 @@ import typer
 
 from forja.errors import BadInput
 
-NAMES = ("run", "cluster")
+NAMES = ("run", "cluster", "engines")
 
 
 def register(app: typer.Typer) -> None:
     """Put bench on ``app``."""
-    app.command("bench", help="Measure: ./forja bench run --json, ./forja bench cluster --json.")(bench)
+    app.command("bench", help="Measure: ./forja bench run --json, and likewise cluster, engines.")(bench)
 
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=", ".join(NAMES))],
     parts: Annotated[str, typer.Option("--parts", help="With commas; all when left out.")] = "",
-    data: Annotated[Path | None, typer.Option("--data", help="run: the CSV of AI4I 2020, for ai4i_ap_delta.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="run: the CSV of AI4I 2020; engines: a folder or zip of CIFAR-10.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Run a benchmark."""
-    from forja.bench import cluster, run
+    from forja.bench import cluster, engines, run
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -37,6 +37,8 @@ def bench(
             found = run.main(wanted or run.PARTS, data, say)
         case "cluster":
             found = cluster.main(wanted or tuple(cluster.PARTS), say)
+        case "engines":
+            found = engines.main(wanted or engines.PARTS, data, say)
         case _:
             raise BadInput("benchmark", value=name, allowed=", ".join(NAMES))
     print(json.dumps(found)) if json_ else _show(found)

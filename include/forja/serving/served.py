@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +60,7 @@ def ask(work: Work, model: bytes, release: Release, inputs: NDArray[np.float32])
 
     Returns:
         Probabilities float32 [N, classes]; p50_ms, p99_ms, throughput (samples per second) and memory_mb (twice this server: two
-        releases side by side), all on this CPU by ``PROTOCOL``.
+        releases side by side), all on this CPU by ``PROTOCOL``; server_cpu_s, the processor time of all of it.
 
     Raises:
         BadInput: the serving environment hasn't been made.
@@ -72,6 +75,7 @@ def ask(work: Work, model: bytes, release: Release, inputs: NDArray[np.float32])
             probabilities, _ = endpoint.ask(inputs)
             speed = _speed(endpoint, inputs, release.max_batch)
         speed["memory_mb"] = round(2 * _memory(server.pid) / 1e6, 1)
+        speed["server_cpu_s"] = round(_cpu_seconds(server.pid), 2)
     return probabilities, speed
 
 
@@ -100,14 +104,25 @@ def _times(endpoint: Endpoint, inputs: NDArray[np.float32], size: int, count: in
 
 
 def _memory(pid: int) -> int:
-    """Proportional set size of a server and of the processes of its models, in bytes: all of its session."""
+    """Proportional set size of a server and of the processes of its models, in bytes."""
     total = 0
-    for folder in Path("/proc").iterdir():
-        try:
-            # The fields after the name in parentheses: state, parent, group, session.
-            if folder.name.isdigit() and int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == pid:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        except (OSError, StopIteration):
-            continue  # it ended meanwhile
+    for folder, _ in _session(pid):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines = (folder / "smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     return total
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Processor time of a server and of the processes of its models."""
+    return sum(int(fields[11]) + int(fields[12]) for _, fields in _session(pid)) / os.sysconf("SC_CLK_TCK")
+
+
+def _session(pid: int) -> Iterator[tuple[Path, list[str]]]:
+    """Folder in /proc of every process of a session, and the fields of its stat behind the name: state, parent, group, session..."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == pid:
+                    yield folder, fields

@@ -44,11 +44,12 @@ class Trial:
 
 
 @contextlib.contextmanager
-def server(settings: Settings, repository: Path, scratch: Path) -> Iterator[Trial]:
+def server(settings: Settings, repository: Path, scratch: Path, *, nice: int = 0) -> Iterator[Trial]:
     """Run Triton on the loopback with all models of ``repository``, as ``repository.unpack`` lays them; it ends with the block.
 
     Args:
         scratch: a folder for its log.
+        nice: how far it gives way to who measures it on the same cores; a client of another machine would not wait for them.
 
     Raises:
         BadInput: the serving environment hasn't been made.
@@ -62,7 +63,7 @@ def server(settings: Settings, repository: Path, scratch: Path) -> Iterator[Tria
         # A group of its own: the server and the python processes of its models end together.
         process = subprocess.Popen(
             command, env={**os.environ, **program.environment(python)}, stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=_stack,
+            start_new_session=True, preexec_fn=lambda: _prepare(nice),
         )  # fmt: skip
     http, grpc, metrics = (f"127.0.0.1:{port}" for port in ports)
     trial = Trial(http=http, grpc=grpc, metrics=metrics, pid=process.pid, log=log)
@@ -73,7 +74,8 @@ def server(settings: Settings, repository: Path, scratch: Path) -> Iterator[Tria
         _end(process, prefix)
 
 
-def _stack() -> None:
+def _prepare(nice: int) -> None:
+    os.nice(nice)
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = program.STACK_MIB << 20
     resource.setrlimit(resource.RLIMIT_STACK, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 STAGE = Stage(environment="ml", repeat="memoised", inputs=("dataset", "model"), variants=True, hardware=True)
 
 
+ROUNDED = 128
+"""Calibration samples whose answers are compared when every tensor is rounded to float16."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What optimize reads of the recipe."""
@@ -131,10 +135,11 @@ def _variant(plan: Plan[Parts], work: Work, source: bytes, validation: Arrays) -
     if plan.variant == "fp16":
         half = floats.fp16(source, calibration.peaks(int8.prepared(source), samples, work.scratch))
         # On a CPU nothing overflows in float16, since sums and products are float32 there.
-        rounded = evaluation.answers(floats.emulated(source, "fp16", half.kept), samples)
+        some = samples[:ROUNDED]
+        rounded = evaluation.answers(floats.emulated(source, "fp16", half.kept), some)
         if not numpy.isfinite(rounded).all():
             raise Refused("fp16: answers aren't finite when every tensor is rounded to float16", do="leave fp16 out of optimize.variants")
-        agreement = round(evaluation.agreement(rounded, evaluation.answers(source, samples)), 6)
+        agreement = round(evaluation.agreement(rounded, evaluation.answers(source, some)), 6)
         kept = {"float32_layers": list(half.kept), "rounded_agreement": agreement}
         return Variant(model=half.model, served=half.model, facts=kept)
     how: dict[str, Any] = {"method": settings.calibration, "percentile": settings.percentile}
@@ -204,7 +209,7 @@ def _measured(plan: Plan[Parts], engine: Engine, speed: dict[str, float], varian
         found |= {name: value for name, value in engine.facts["speed"].items() if name in SPEED}
         found["memory_mb"] = None if found["memory_mb"] is None else 2 * found["memory_mb"]  # the live one and its successor
     elif "emulated" not in variant.facts:
-        found |= speed
+        found |= {name: value for name, value in speed.items() if name in SPEED}
     found["engine_mb"] = round(len(engine.plan) / 1e6, 3)
     precision = engine.facts["precision"]
     # What the builder says of a plan that no GPU has loaded can refute, not prove.
