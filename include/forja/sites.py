@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 
 from forja.errors import BadInput
 from forja.profiles import Profile
-from forja.recipes.base import STAGES
+from forja.recipes import names as recipe_names
+from forja.recipes.base import STAGES, Recipe, Serving
 from forja.settings import ROOT
 
 SITES = ROOT / "include" / "sites"
+BATCH = "max_batch"
+"""Key beside the fields of ``Serving`` in a site's table of a recipe."""
 Built = TypeVar("Built")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Names of namespaces and values of labels in Kubernetes (RFC 1123)."""
@@ -155,6 +158,19 @@ class Site:
     """None where Envoy and Triton are processes of this machine."""
     baseline: Baseline | None = None
     """None where there is no cluster to secure."""
+    serving: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Fields of ``Serving``, and ``max_batch``, that are other here than in the recipe, by recipe; ``./forja tune`` measures them."""
+
+    def serving_of(self, recipe: Recipe) -> Serving:
+        """How Triton queues and batches a recipe's requests here: as the recipe says, but for what the site says."""
+        return dataclasses.replace(recipe.serving, **{k: v for k, v in self.serving.get(recipe.name, {}).items() if k != BATCH})
+
+    def max_batch_of(self, recipe: Recipe) -> int:
+        """Largest batch that Triton makes of a recipe's requests here; BadInput for more than the recipe's engines take."""
+        found, most = int(self.serving.get(recipe.name, {}).get(BATCH, recipe.optimize.max_batch)), recipe.optimize.max_batch
+        if not 1 <= found <= most:
+            raise BadInput(f"site {self.name}: serving.{recipe.name}.{BATCH}", value=found, allowed=f"1 to optimize.max_batch ({most})")
+        return found
 
     def tenant(self, team: str) -> Tenant:
         """The tenant of a team; BadInput when the site has none."""
@@ -189,7 +205,7 @@ def load_site(name: str, folder: Path = SITES) -> Site:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path} is no valid TOML", value=str(error)) from error
-    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway", "baseline"})
+    _only(path, "", data, {"pools", "defaults", "profiles", "tenants", "gateway", "baseline", "serving"})
     pools, defaults = _table(path, "pools", data.get("pools", {})), _table(path, "defaults", data.get("defaults", {}))
     for pool, slots in pools.items():
         _check(path, f"pools.{pool}", slots, "int")
@@ -203,8 +219,18 @@ def load_site(name: str, folder: Path = SITES) -> Site:
     return Site(
         name=name, pools=pools, profiles=profiles, tenants=tenants,
         gateway=_build(path, "gateway", Gateway, data["gateway"]) if "gateway" in data else None,
-        baseline=_baseline(path, data["baseline"]) if "baseline" in data else None,
+        baseline=_baseline(path, data["baseline"]) if "baseline" in data else None, serving=_serving(path, data.get("serving", {})),
     )  # fmt: skip
+
+
+def _serving(path: Path, table: object) -> dict[str, dict[str, Any]]:
+    found = _table(path, "serving", table)
+    _only(path, "serving.", found, set(recipe_names()))
+    for name, fields in found.items():
+        rest = dict(_table(path, f"serving.{name}", fields))
+        _check(path, f"serving.{name}.{BATCH}", rest.pop(BATCH, 1), "int")
+        _build(path, f"serving.{name}", Serving, rest)  # refuses what no recipe may say either
+    return found
 
 
 def _baseline(path: Path, table: object) -> Baseline:

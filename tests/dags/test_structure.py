@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from forja import recipes
-from forja.recipes.base import STAGES
+from forja.recipes.base import CHAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = recipes.names()
@@ -70,7 +70,7 @@ print(json.dumps([bag.import_errors, sorted(set(sys.modules) & set({HEAVY!r}))])
 @pytest.mark.parametrize("name", RECIPES)
 def test_arrows(bag: Any, name: str) -> None:
     tasks = bag.dags[name].task_dict
-    assert set(tasks) == {"admit", *STAGES[1:]}
+    assert set(tasks) == {"admit", *CHAIN[1:]}
     assert {t: set(task.upstream_task_ids) for t, task in tasks.items()} == {
         "admit": set(),
         "transform": {"admit"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from integration.conftest import Stack
 
-from forja.recipes.base import STAGES
+from forja.recipes.base import CHAIN
 from forja.services import airflow
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -60,13 +60,13 @@ def test_graph_and_documentation(page: Any, stack: Stack) -> None:
     page.get_by_label("Show Graph").click()
     page.get_by_test_id("expand-all-button").click()
     nodes = page.locator(".react-flow__node")
-    for task in ("admit", *STAGES[1:]):
+    for task in ("admit", *CHAIN[1:]):
         nodes.get_by_text(task, exact=task != "optimize").first.wait_for()
     page.get_by_label("Dag Docs").click()
     docs = page.get_by_role("dialog")
     docs.get_by_role("heading", name="Handwritten digits").wait_for()
     assert "When a run fails" in docs.inner_text()
-    assert [row.inner_text() for row in docs.locator("tbody tr td:first-child").all()] == ["admit", *STAGES[1:]]
+    assert [row.inner_text() for row in docs.locator("tbody tr td:first-child").all()] == ["admit", *CHAIN[1:]]
 
     page.goto("/dags/digits/tasks/train")
     page.get_by_role("button", name="Documentation").click()

@@ -64,7 +64,7 @@ def test_impossible_fields_are_refused_by_name(case: str) -> None:
 
 
 def test_unknown_recipe_names_the_known_ones() -> None:
-    with pytest.raises(BadInput, match=r"'nosuch'.*ai4i, digits"):
+    with pytest.raises(BadInput, match=r"'nosuch'.*ai4i, cifar10, digits"):
         recipes.load("nosuch")
 
 

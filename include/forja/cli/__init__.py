@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from forja.cli import baseline, bench, data, mig, run, services
+from forja.cli import baseline, bench, data, edge, mig, run, services, tune
 from forja.errors import ForjaError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ data.register(app)
 bench.register(app)
 baseline.register(app)
 mig.register(app)
+tune.register(app)
+edge.register(app)
 
 
 @app.command("setup", help="Make the environments and fetch Kafka's jars (the launcher does this on the system's Python).")

@@ -47,7 +47,7 @@ def produce(
 
 
 def stage(
-    verb: Annotated[str, typer.Argument(help="ingest, transform, train, register, optimize, gate or release.")],
+    verb: Annotated[str, typer.Argument(help="ingest, transform, train, register, optimize, gate, release, export or score.")],
     recipe: Annotated[str, typer.Option("--recipe")],
     inputs: Annotated[
         list[str] | None, typer.Option("--in", metavar="NAME=REF", help="An input: a receipt's path, or TABLE@VERSION.")

@@ -17,7 +17,9 @@ from forja.datasets import Split as Split
 from forja.datasets import Table as Table
 from forja.edge.targets import TARGETS
 
-STAGES = ("ingest", "transform", "train", "register", "optimize", "gate", "release", "export")
+STAGES = ("ingest", "transform", "train", "register", "optimize", "gate", "release", "export", "score")
+CHAIN = STAGES[:7]
+"""Those of a recipe's DAGs; a recipe whose users need no endpoint, or have devices, adds the others to its DAG file."""
 VARIANTS = ("fp32", "fp16", "bf16", "int8", "mixed")
 """Precisions: of the whole model, or for ``mixed`` int8 with the layers that suffer from it in float16."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")

@@ -115,18 +115,18 @@ def network(dataset: Images | Table, model: Cnn | Mlp, data: bytes) -> Any:
     return models.Served(module).eval()
 
 
-def export(module: Any, shape: tuple[int, ...]) -> bytes:
+def export(module: Any, shape: tuple[int, ...], opset: int = OPSET, ir: int = IR_VERSION) -> bytes:
     """ONNX of a served network: ``input`` float32 [N, *shape] to ``probabilities`` float32 [N, classes], batch norm folded."""
     import onnx
     import torch
 
     buffer = io.BytesIO()
     torch.onnx.export(
-        module, (torch.zeros(2, *shape),), buffer, input_names=["input"], output_names=["probabilities"], opset_version=OPSET,
+        module, (torch.zeros(2, *shape),), buffer, input_names=["input"], output_names=["probabilities"], opset_version=opset,
         dynamic_axes={"input": {0: "batch"}, "probabilities": {0: "batch"}}, dynamo=False,
     )  # fmt: skip
     model = onnx.load_from_string(buffer.getvalue())
-    model.ir_version = IR_VERSION
+    model.ir_version = ir
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Any
 
-from forja import kube, tracking
+from forja import kube, recipes, tracking
 from forja.errors import BadInput, Conflict, Damaged, Refused
 from forja.lake import sha256
 from forja.receipts import Output, Receipt
-from forja.recipes.base import Images, Recipe, Table
+from forja.recipes.base import Images, Recipe, Serving, Table
 from forja.serving import repository, rollout, triton
 from forja.serving.place import Place
 from forja.serving.repository import Release
@@ -48,6 +48,7 @@ class Parts:
 
     dataset: Images | Table
     max_batch: int
+    serving: Serving
     tolerance: float
     profile: str
 
@@ -55,7 +56,11 @@ class Parts:
 def plan(recipe: Recipe, inputs: Inputs, variant: str = "") -> Plan[Parts]:
     """See ``forja.stages.base``."""
     parts = Parts(
-        dataset=recipe.dataset, max_batch=recipe.optimize.max_batch, tolerance=recipe.rollout.tolerance, profile=recipe.profiles.release
+        dataset=recipe.dataset,
+        max_batch=recipe.optimize.max_batch,
+        serving=recipe.serving,
+        tolerance=recipe.rollout.tolerance,
+        profile=recipe.profiles.release,
     )
     return Plan(stage="release", recipe=recipe.name, team=recipe.team, parts=parts, inputs=inputs)
 
@@ -119,21 +124,23 @@ def _candidate(plan: Plan[Parts], work: Work) -> Candidate:
     registered = work.receipt(plan.input("model"))
     _same_model(registered, work.receipt(optimize.inputs["model"][0]))
     dataset = plan.parts.dataset
+    site, recipe = load_site(work.settings.site), recipes.load(plan.recipe)  # what its site says of a recipe, which ``tune`` found there
     release = Release(
         model=plan.recipe,
         version=str(registered.facts["version"]),
         variant=chosen,
         classes=dataset.classes,
         shape=dataset.shape,
-        max_batch=plan.parts.max_batch,
+        max_batch=site.max_batch_of(recipe),
+        serving=site.serving_of(recipe),
         preprocess=repository.preprocess(dataset),
         receipts={"gate": gate.path, "optimize": optimize.path, "register": registered.path},
     )
-    contents = repository.files(release, work.load(optimize, "model.onnx"))
-    stored = {name: _stored(work, name, data, optimize.output("model.onnx")) for name, data in contents.items()}
-    objects = {name: output.path for name, output in stored.items()}
     with numpy.load(io.BytesIO(work.load(optimize, "golden.npz")), allow_pickle=False) as arrays:
         golden = triton.Golden(inputs=arrays["inputs"], probabilities=arrays["probabilities"])
+    contents = repository.files(release, work.load(optimize, "model.onnx"), golden=golden.inputs)
+    stored = {name: _stored(work, name, data, optimize.output("model.onnx")) for name, data in contents.items()}
+    objects = {name: output.path for name, output in stored.items()}
     return Candidate(
         release=dataclasses.replace(repository.sealed(release, contents), objects=objects), contents=contents, stored=stored,
         golden=golden, tolerance=plan.parts.tolerance, run_id=registered.facts.get("mlflow_run"),
