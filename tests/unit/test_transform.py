@@ -26,7 +26,7 @@ from forja.errors import BadInput, Unavailable
 from forja.lake import Lake, sha256, table_digest
 from forja.recipes.base import Column, Images, Recipe, Split, Table
 from forja.settings import Settings
-from forja.stages import harness, ingest, transform
+from forja.stages import harness, ingest, train, transform
 from forja.stages.base import Outcome, Work
 
 pytestmark = pytest.mark.ml
@@ -190,6 +190,17 @@ def test_rows_become_a_dataset(tmp_path: Path) -> None:
     rows = [*readings({"train", "validation", "test"}), event("bad", b'{"x": NaN}', "0"), event("worse", b"[" * 100_000, "0")]
     outcome, _ = make(tmp_path, AI4I, rows)
     assert outcome.facts["rejected"] == {"Type: missing or of another type": 2}
+
+
+def test_counts_of_classes_follow_the_models_outputs_not_their_names(tmp_path: Path) -> None:
+    """What weighs rare classes in the loss: as a file, the statistics have the names in another order than the recipe."""
+    recipe = dataclasses.replace(DIGITS, dataset=dataclasses.replace(DIGITS.dataset, classes=tuple("9876543210")))
+    outcome, work = make(tmp_path, recipe, digits(45))
+    statistics = json.loads(work.lake.get(outcome.outputs["statistics.json"].path))
+    counts = train.class_counts(statistics, recipe.dataset.classes)
+    wanted = [statistics["splits"]["train"]["classes"][name] for name in "9876543210"]
+    assert counts == wanted
+    assert counts != list(statistics["splits"]["train"]["classes"].values())
 
 
 def test_accuracy_needs_no_class_in_every_split(tmp_path: Path) -> None:

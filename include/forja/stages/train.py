@@ -134,9 +134,15 @@ def _handout(plan: Plan[Parts], work: Work, receipt: Receipt, statistics: dict[s
     config = Config(
         dataset=dataset, model=model, training=plan.parts.training, metric=plan.parts.metric,
         mean=statistics["mean"], std=statistics["std"], edges=edges,
-        class_counts=list(statistics["splits"]["train"]["classes"].values()),
+        class_counts=class_counts(statistics, dataset.classes),
     )  # fmt: skip
     return hand_out(work, receipt, me, config)
+
+
+def class_counts(statistics: dict[str, Any], classes: tuple[str, ...]) -> list[int]:
+    """Training samples of each class in the order of the model's outputs; statistics.json has the classes in the order of their names."""
+    found = statistics["splits"]["train"]["classes"]
+    return [int(found[name]) for name in classes]
 
 
 def hand_out(work: Work, receipt: Receipt, me: launch.Member, config: Config | None) -> Path:
