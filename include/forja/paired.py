@@ -57,6 +57,16 @@ def class_recall(reference: NDArray[np.float32], answers: NDArray[np.float32], l
     return {c: accuracy(reference[labels == c], answers[labels == c], labels[labels == c], tests=len(present)) for c in present}
 
 
+def worst_class(reference: NDArray[np.float32], answers: NDArray[np.float32], labels: NDArray[np.int64]) -> Drop:
+    """The largest loss of recall of any class, and the largest upper end of any class's interval, which may be another's.
+
+    Shapes as for ``accuracy``; one sample or more.
+    """
+    drops = class_recall(reference, answers, labels).values()
+    worst = max(drops, key=lambda drop: (drop.value, drop.high))
+    return Drop(value=worst.value, low=worst.low, high=max(drop.high for drop in drops))
+
+
 def average_precision(reference: NDArray[np.float32], answers: NDArray[np.float32], labels: NDArray[np.int64]) -> Drop:
     """Loss of average precision of class 1 of two, with a percentile bootstrap over samples; shapes as for ``accuracy``.
 

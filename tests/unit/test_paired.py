@@ -55,6 +55,18 @@ def test_the_worst_class_is_told_although_the_mean_holds() -> None:
     assert list(paired.class_recall(reference, collapsed, np.zeros(100, int))) == [0]  # a class without samples has no recall
 
 
+def test_the_worst_class_is_sure_when_every_class_is() -> None:
+    """The class that loses most has many samples; a rare one, which loses nothing, has the wider interval."""
+    labels = np.array([0] * 2000 + [1] * 20)
+    changed = labels.copy()
+    changed[:20] = 1
+    drops = paired.class_recall(answers(labels), answers(changed), labels)
+    assert drops[0].value > drops[1].value
+    assert drops[1].high > drops[0].high
+    worst = paired.worst_class(answers(labels), answers(changed), labels)
+    assert (worst.value, worst.high) == (drops[0].value, drops[1].high)
+
+
 CASES = {
     "equal answers": (1000, 0, 0, 0.0),
     "ten lost": (1000, 10, 0, 0.01),

@@ -84,7 +84,8 @@ def cifar10(data: Path) -> dict[str, Any]:
         }
         gate, _ = harness.execute(settings, "gate", recipe, {"optimize": [r.path for r in optimized.values()]})
         test = served.samples(work, dataset, recipe.dataset, "test")
-        answers = {v: evaluation.answers(work.load(r, "model.onnx"), test.inputs) for v, r in optimized.items()}
+        files = {v: "emulated.onnx" if "emulated.onnx" in r.outputs else "model.onnx" for v, r in optimized.items()}
+        answers = {v: evaluation.answers(work.load(r, files[v]), test.inputs) for v, r in optimized.items()}
     drops = {v: paired.accuracy(answers["fp32"], a, test.labels) for v, a in answers.items()}
     points = {v: {k: round(100 * x, 3) for k, x in dataclasses.asdict(d).items()} for v, d in drops.items()}
     return {

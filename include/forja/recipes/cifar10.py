@@ -14,10 +14,12 @@ RECIPE = Recipe(
     ),
     model=Cnn(width=16, blocks=4, dropout=0.0),
     training=Training(epochs=16, batch_size=128, learning_rate=6e-3, weight_decay=5e-2, shift=3, flip=True),
-    optimize=Optimize(calibration="entropy", calibration_samples=500, max_batch=64),
+    optimize=Optimize(
+        variants=("fp32", "fp16", "bf16", "int8", "mixed"), calibration="entropy", calibration_samples=500, max_batch=64,
+    ),
     gates=(
-        Gate(metric="accuracy", least=0.75),
-        Gate(metric="accuracy", max_drop=0.01),
-        Gate(metric="agreement", least=0.95),
+        Gate(metric="accuracy", least=0.75), Gate(metric="accuracy", max_drop=0.01, confident=True),
+        Gate(metric="class_recall", max_drop=0.05, confident=True), Gate(metric="agreement", least=0.95),
+        Gate(metric="calibration_error", most=0.1),
     ),
 )  # fmt: skip

@@ -138,7 +138,7 @@ def measured(
         return Measured(metrics=metrics)
     metrics["agreement"] = evaluation.agreement(answers, reference)
     drops = {"accuracy": paired.accuracy(reference, answers, labels)}
-    drops["class_recall"] = max(paired.class_recall(reference, answers, labels).values(), key=lambda d: (d.value, d.high))
+    drops["class_recall"] = paired.worst_class(reference, answers, labels)
     if metric == "average_precision" and metric in metrics:
         drops[metric] = paired.average_precision(reference, answers, labels)
     return Measured(metrics=metrics, drops=drops)
