@@ -9,21 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import pyarrow as pa
 import pytest
-
-
 from unit.score_chain import CHUNK, IMAGES, ROWS, Chain, model, png, record, row
 
 from forja import evaluation, predictions, receipts, scoring
-from forja.errors import BadInput, Conflict, Damaged, ForjaError, Refused
-from forja.lake import Lake
+from forja.errors import BadInput, Conflict, Damaged, ForjaError, Refused, Unavailable
 from forja.recipes.base import Recipe, Table
 from forja.stages import latest, score
 
@@ -75,16 +72,9 @@ def test_images_labelled_or_not_and_those_that_cannot_be_answered(tmp_path: Path
         assert found[key]["probability"] == max(found[key]["probabilities"])
     assert set(found) == set(payloads) | set(errors)
     assert all(found[k][c] is None for k in errors for c in ("answer", "probability", "probabilities"))
-    labels = {k: found[k]["label"] for k in ("k000", "unlabelled", "label no text", "label unknown", "broken", "labelled before")}
-    first = IMAGES.dataset.classes[chain.right[0]]
-    assert labels == {
-        "k000": first,
-        "unlabelled": None,
-        "label no text": None,
-        "label unknown": "eleven",
-        "broken": "1",
-        "labelled before": None,
-    }
+    labels = {"k000": IMAGES.dataset.classes[chain.right[0]], "unlabelled": None, "label no text": None, "label unknown": "eleven"}
+    labels |= {"broken": "1", "labelled before": None}
+    assert {k: found[k]["label"] for k in labels} == labels
     assert receipt.metrics == {
         "events": 54, "superseded": 4, "rows": 50, "scored": 45, "failed": 5, "labelled": 40, "labelled_accuracy": 1.0,
         "golden_difference": pytest.approx(0, abs=1e-6),
@@ -271,7 +261,8 @@ def test_a_run_that_goes_on_does_nothing_twice(name: str, tmp_path: Path, monkey
     try:
         until = time.monotonic() + 60
         while number and len(chain.chunks()) < 2:
-            assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < until
             time.sleep(0.01)
         if number:
             process.send_signal(number)
@@ -302,9 +293,10 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 
 def test_a_damaged_chunk_is_scored_again(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, gate = counted(monkeypatch), chain.gate()
-    with monkeypatch.context() as patch, pytest.raises(Conflict):
+    with monkeypatch.context() as patch:
         patch.setattr(predictions, "append", lambda *_: (_ for _ in ()).throw(Conflict("for the test")))
-        chain.score(gate)
+        with pytest.raises(Conflict):
+            chain.score(gate)
     damaged = chain.chunks()[1]
     chain.lake.replace(damaged, chain.lake.get(chain.chunks()[0]))
     assert len(calls) == 3
@@ -313,84 +305,48 @@ def test_a_damaged_chunk_is_scored_again(chain: Chain, monkeypatch: pytest.Monke
     assert sorted(r["key"] for r in chain.rows()) == [k for k, _ in chain.good]
 
 
-def batches(run: str, count: int = 3) -> Iterator[pa.RecordBatch]:
-    yield pa.RecordBatch.from_pylist([{"key": f"k{i}", "run": run} for i in range(count)], schema=predictions.schema())
+def test_a_run_whose_receipt_was_lost_finds_its_rows(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = chain.gate()
+    first, _ = chain.score(gate)
+    chain.lake.delete(first.path)
+    calls = counted(monkeypatch)
+    again, written = chain.score(gate)
+    assert written
+    assert calls == []
+    assert len(chain.rows()) == 40
+    assert (again.metrics, again.facts) == (first.metrics, first.facts)
 
 
-def commit(lake: Lake, path: str, run: str) -> None:
-    """Another writer's commit: from a thread of its own, since the one that asks for batches is Delta's."""
-    thread = threading.Thread(target=predictions.append, args=(lake, path, run, lambda: batches(run), lambda: None))
-    thread.start()
-    thread.join()
+def test_an_error_ends_the_chunks_beside_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, both, ended = iter(range(9)), threading.Event(), []
 
+    def answers(one: Any, dataset: Any, payloads: Any, check: Callable[[], None]) -> Any:
+        if next(numbers) == 0:
+            both.wait(10)
+            raise Unavailable("for the test")
+        both.set()
+        until = time.monotonic() + 10
+        try:
+            while time.monotonic() < until:
+                check()
+                time.sleep(0.01)
+        except CancelledError:
+            ended.append(1)
+            raise
 
-def test_a_run_comes_once_when_another_try_commits_meanwhile(tmp_path: Path) -> None:
-    lake, path = Lake(str(tmp_path)), "t/r/predictions"
-    calls = []
-
-    def overtaken() -> Iterator[pa.RecordBatch]:
-        calls.append(1)
-        commit(lake, path, "a")
-        yield from batches("a")
-
-    predictions.append(lake, path, "a", overtaken, lambda: None)
-    predictions.append(lake, path, "a", lambda: batches("a"), lambda: None)
-    assert len(calls) == 1
-    assert lake.table(path).to_pyarrow_table()["run"].to_pylist() == ["a"] * 3
-
-
-def test_another_run_that_commits_meanwhile_is_no_harm(tmp_path: Path) -> None:
-    lake, path = Lake(str(tmp_path)), "t/r/predictions"
-    others = iter("bc")
-
-    def overtaken() -> Iterator[pa.RecordBatch]:
-        for other in others:
-            commit(lake, path, other)
-            break
-        yield from batches("a")
-
-    predictions.append(lake, path, "a", overtaken, lambda: None)
-    assert sorted(lake.table(path).to_pyarrow_table()["run"].to_pylist()) == [run for run in "abc" for _ in range(3)]
-
-
-def test_a_run_that_is_always_overtaken_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lake, path = Lake(str(tmp_path)), "t/r/predictions"
-    monkeypatch.setattr(predictions, "TRIES", 3)
-    numbers = iter(range(99))
-
-    def overtaken() -> Iterator[pa.RecordBatch]:
-        commit(lake, path, f"b{next(numbers)}")
-        yield from batches("a")
-
-    with pytest.raises(Conflict, match="3 times"):
-        predictions.append(lake, path, "a", overtaken, lambda: None)
-    assert "a" not in lake.table(path).to_pyarrow_table()["run"].to_pylist()
-
-
-def test_what_the_rows_raise_is_passed_on_and_nothing_is_committed(tmp_path: Path) -> None:
-    lake, path = Lake(str(tmp_path)), "t/r/predictions"
-
-    def broken() -> Iterator[pa.RecordBatch]:
-        yield from batches("a")
-        raise Damaged("a chunk is gone")
-
-    with pytest.raises(Damaged, match="a chunk is gone"):
-        predictions.append(lake, path, "a", broken, lambda: None)
-    assert lake.table(path).version() == 0
-
-
-def test_a_run_that_was_taken_over_commits_nothing(tmp_path: Path) -> None:
-    def lost() -> None:
-        raise Conflict("taken over")
-
-    with pytest.raises(Conflict, match="taken over"):
-        predictions.append(Lake(str(tmp_path)), "t/r/predictions", "a", lambda: batches("a"), lost)
+    gate = chain.gate()
+    counted(monkeypatch)
+    monkeypatch.setattr(scoring, "answers", answers)
+    with pytest.raises(Unavailable, match="for the test"):
+        chain.score(gate)
+    assert ended == [1]
+    assert chain.chunks() == []
 
 
 def test_chunks_depend_on_all_that_their_rows_take_from_the_raw_table(chain: Chain) -> None:
     _, events = score.newest(scoring.raw_files(chain.lake, chain.raw()))
-    names = [[c.name for c in score.chunks(frame, raw)] for frame, raw in (
-        (events, 1), (events, 1), (events, 2), (events[1:], 1), *((events.with_columns(**{c: events[c].shift(1)}), 1) for c in score.IDENTITY[2:6]),
-    )]  # fmt: skip
+    others = [events.with_columns(**{column: events[column].shift(1)}) for column in ("offset", "key", "sha256", "label")]
+    cases = [(events, 1), (events, 1), (events, 2), (events[1:], 1), *((frame, 1) for frame in others)]
+    names = [[chunk.name for chunk in score.chunks(frame, raw)] for frame, raw in cases]
     assert names[0] == names[1]
     assert len({tuple(n) for n in names}) == len(names) - 1
