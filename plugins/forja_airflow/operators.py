@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,19 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException
 
-from forja import admission, envs, errors, recipes
+from forja import admission, envs, recipes
 from forja.sites import load_site
 from forja_airflow import runs
 from forja_airflow.links import LINKS
 from forja_airflow.process import Process
+from forja_airflow.said import why
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
-
-ERROR = re.compile(
-    rf"(?:[\w.]+\.)?(?:\w*Error|\w*Exception|KeyboardInterrupt|{'|'.join(kind.__name__ for kind in errors.BY_EXIT_CODE.values())})(?:: |$)"
-)
-"""Beginning of a line that tells what went wrong, as Python and forja.stages print it."""
 
 log = runs.log
 
@@ -85,11 +80,6 @@ class StageOperator(BaseOperator):
         """End the stage with all that it started."""
         if self._process is not None:
             self._process.stop()
-
-
-def why(reason: str, line: str) -> str:
-    """What a stage's failure is put down to after one more line: its last error, or its last line while it has told none."""
-    return line if ERROR.match(line) or not ERROR.match(reason) else reason
 
 
 class AdmitOperator(BaseOperator):

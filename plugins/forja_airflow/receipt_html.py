@@ -51,8 +51,7 @@ def page(receipt: Receipt, mlflow: str) -> str:
     refused = receipt.facts.get("refused")
     inputs = [(name, _ref(item.ref, up)) for name, items in receipt.inputs.items() for item in items]
     outputs = [
-        (name, f"{_shown(name, receipt, up)}<br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…")
-        for name, o in receipt.outputs.items()
+        (name, f"{_shown(name, receipt, up)}<br>{o.bytes:,} bytes, sha256 {escape(o.sha256[:16])}…") for name, o in receipt.outputs.items()
     ]
     lines = escape("\n".join(receipt.report))
     facts = {name: _cell(value) for name, value in sorted(receipt.facts.items())}

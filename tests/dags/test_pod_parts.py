@@ -88,6 +88,14 @@ def test_what_a_pod_waits_for(status: dict[str, Any], waits: str) -> None:
             [],
             "BadInput: b",
         ),
+        (
+            {
+                "phase": "Failed",
+                "containerStatuses": base(terminated={"exitCode": 5, "message": "Unavailable: down\n0.0 s  works on it\n"}),
+            },
+            [],
+            "Unavailable: down",
+        ),
         ({"phase": "Failed", "containerStatuses": base(terminated={"exitCode": 137, "reason": "Error"})}, [], "Error"),
         ({"phase": "Failed", "reason": "Evicted", "message": "low on disk"}, [], "Evicted: low on disk"),
         ({"phase": "Failed", "reason": "DeadlineExceeded", "message": "m"}, [event("Killing", "Stopping")], "DeadlineExceeded: m"),
@@ -98,7 +106,16 @@ def test_what_a_pod_waits_for(status: dict[str, Any], waits: str) -> None:
         ),
         ({"phase": "Unknown"}, [], "the pod is Unknown"),
     ],
-    ids=["memory", "a stage's own error", "killed", "evicted", "too long", "an event", "nothing said"],
+    ids=[
+        "memory",
+        "a stage's own error",
+        "an error that another line overtook",
+        "killed",
+        "evicted",
+        "too long",
+        "an event",
+        "nothing said",
+    ],
 )
 def test_why_a_pod_failed(status: dict[str, Any], events: list[Any], why: str) -> None:
     assert podreason.why(pod(**status), events) == why

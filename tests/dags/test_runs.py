@@ -120,7 +120,7 @@ def test_exit_status_that_a_retry_may_mend(bag: Any, place: Path, raw: str, monk
     ],
 )
 def test_reason_is_the_last_error_and_not_any_word_with_a_colon(lines: list[str], reason: str) -> None:
-    from forja_airflow.operators import why
+    from forja_airflow.said import why
 
     found = ""
     for line in lines:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from forja_airflow import said
 from forja_airflow.pods.times import LOST_S
 
 LONGEST = 400
@@ -50,7 +51,7 @@ def why(pod: Any, events: Sequence[Any] = ()) -> str:
         limit = _limit(pod, ended.name)
         return f"OOMKilled: the stage needed more than its {limit}; to do: raise memory_gib of its profile in the site file"
     if ended is not None and ended.state.terminated.exit_code:
-        return _short(last_line(ended.state.terminated.message) or f"{ended.state.terminated.reason or 'Error'}")
+        return _short(said.of((ended.state.terminated.message or "").strip().splitlines()) or f"{ended.state.terminated.reason or 'Error'}")
     found = waits(pod)
     warning = _newest(e for e in events if e.type == "Warning" and e.reason not in ("FailedScheduling", "Failed", "BackOff"))
     return found or (_short(f"{warning.reason}: {warning.message}") if warning else f"the pod is {pod.status.phase}")
@@ -71,12 +72,6 @@ def lost(pod: Any) -> bool:
         return False
     ended = any(c.state and c.state.terminated for c in (pod.status.container_statuses if pod.status else None) or ())
     return not ended and (datetime.datetime.now(datetime.UTC) - pod.metadata.deletion_timestamp).total_seconds() > LOST_S
-
-
-def last_line(text: str | None) -> str:
-    """The last line of a termination message; empty when there is none."""
-    lines = (text or "").strip().splitlines()
-    return lines[-1].strip() if lines else ""
 
 
 def _waiting(container: Any, waiting: Any) -> str:

@@ -48,7 +48,8 @@ def make(name: str, *, says: str = "", **changes: Any) -> None:
 
 
 make("gang_train", retries=3)
-make("gang_gpu", gpus=9, queue_timeout_s=8)
+# Both are within the quota and not within the node's eight GPUs: only the second one waits, for a node and nothing else.
+make("gang_gpu", says="sleep 60", gpus=6, cpus=0.1, memory_gib=0.1, queue_timeout_s=8)
 make("gang_quota", says="sleep 60", gpus=8, cpus=0.1, memory_gib=0.1, queue_timeout_s=8)
 make("gang_refused", says="echo BadInput: what it was given is wrong; exit 2", cpus=0.1, memory_gib=0.1, retries=2)
 make("gang_broken", says="echo it broke; exit 1", cpus=0.1, memory_gib=0.1, retries=1)
