@@ -21,7 +21,8 @@ from forja.receipts import Input
 recipe = recipes.load("valves")
 for verb in recipes.base.STAGES:
     kind = stages.load(verb).STAGE
-    plan = stages.load(verb).plan(recipe, {n: [Input(ref="x", digest="0" * 64)] for n in kind.inputs}, {"optimize": "fp32", "export": "cpu"}.get(verb, ""))
+    inputs = {n: [Input(ref="x", digest="0" * 64)] for n in kind.inputs}
+    plan = stages.load(verb).plan(recipe, inputs, {"optimize": "fp32", "export": "cpu"}.get(verb, ""))
     assert plan.recipe == "valves", plan
 bag = DagBag(dag_folder="dags")
 assert not bag.import_errors, bag.import_errors

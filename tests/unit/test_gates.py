@@ -55,7 +55,7 @@ CASES = {
     "a variant without a receipt fails": ({k: v for k, v in numbers().items() if k != "int8"}, "int8", "fp32", "fp32 stays"),
     "fp32 without a receipt: all refused": ({k: v for k, v in numbers().items() if k != "fp32"}, "int8", "", "not measured"),
     "nothing at all: refused": ({}, "fp32", "", "not measured"),
-    "one answer that isn't finite: it fails alone": (numbers() | {"int8": one(None, metrics={"nonfinite": 1.0})}, "int8", "fp32", "fp32 stays"),
+    "one answer that isn't finite": (numbers() | {"int8": one(None, metrics={"nonfinite": 1.0})}, "int8", "fp32", "fp32 stays"),
     "answers that nobody counted": (numbers() | {"int8": one(0.98, metrics={"accuracy": 0.98})}, "int8", "fp32", "fp32 stays"),
     "an engine of another precision": (numbers() | {"int8": one(0.98, precision="fail")}, "int8", "fp32", "fp32 stays"),
     "an engine that nothing could load": (numbers() | {"int8": one(0.98, precision="not measured")}, "int8", "int8", "untimed"),
